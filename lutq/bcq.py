@@ -1,0 +1,165 @@
+"""Binary-coding quantization: w ~ offset + sum_i scales_i s_i, s_i in {-1, +1}, fitted to the weights alone.
+
+Everything works on groups as rows: w [R, g] fp32, R groups of g weights, and returns a `Bcq` whose scales and offsets are
+fp16 values (held in fp32), non-negative and in descending order, with codes that are chosen after that rounding.
+
+* `greedy`: plane by plane, s_i = sign(residual) and scales_i = mean |residual| (Guo et al., arXiv 1706.02021, eq. 3-5;
+  the offset is the mean of the group).
+* `alternating`: least squares for scales and offset with the codes fixed, then the nearest of the 2^b levels with those
+  fixed, and again (Xu et al., arXiv 1802.00150, alg. 2), from the greedy grid, from the clip-searched uniform grid in BCQ
+  form, or from both. The best iterate of each group is kept, so a round never hurts; both starts count as iterates.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from lutq import uniform
+
+
+class Bcq(NamedTuple):
+    """planes bool [b, R, g] (True is +1), scales fp32 [b, R] (fp16 values), offsets fp32 [R] (fp16 values) or None."""
+
+    planes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor | None
+
+    def values(self) -> torch.Tensor:
+        """The quantized weights, fp32 [R, g]."""
+        w = sum((2 * plane.float() - 1) * scale[:, None] for plane, scale in zip(self.planes, self.scales, strict=True))
+        return w if self.offsets is None else w + self.offsets[:, None]
+
+
+def patterns(bits: int, device: torch.device) -> torch.Tensor:
+    """All sign patterns, bool [2^b, b]; plane 0 is the most significant bit of the row number."""
+    number = torch.arange(2**bits, device=device)
+    return ((number[:, None] >> torch.arange(bits - 1, -1, -1, device=device)) & 1).bool()
+
+
+def nearest(w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Planes bool [b, R, g] of the level nearest to each weight, and the quantized weights fp32 [R, g]."""
+    bits = scales.shape[0]
+    signs = patterns(bits, w.device)
+    levels = scales.T @ (2 * signs.float() - 1).T  # [R, 2^b]
+    if offsets is not None:
+        levels = levels + offsets[:, None]
+    levels, order = levels.sort(dim=1)
+    middles = (levels[:, 1:] + levels[:, :-1]) / 2
+    position = torch.searchsorted(middles, w, right=True)
+    number = order.gather(1, position)
+    shifts = range(bits - 1, -1, -1)
+    return torch.stack([((number >> shift) & 1).bool() for shift in shifts]), levels.gather(1, position)
+
+
+def refit(planes: torch.Tensor, w: torch.Tensor, has_offsets: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Least-squares scales [b, R] and offsets [R] for fixed codes: argmin sum_k (w - offset - sum_i scales_i s_i)^2.
+
+    Planes that repeat each other share their scale (a ridge of 1e-6 decides).
+    """
+    design = 2 * planes.float() - 1
+    if has_offsets:
+        design = torch.cat([design, torch.ones_like(design[:1])])
+    design = design.transpose(0, 1)  # [R, b (+1), g]
+    solution = solve(design @ design.transpose(1, 2), (design @ w[:, :, None])[:, :, 0])
+    scales = solution[:, : planes.shape[0]].T
+    return scales, solution[:, -1] if has_offsets else None
+
+
+def solve(gram: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Solutions [R, n] of the R small positive semidefinite systems gram [R, n, n], target [R, n].
+
+    Elimination unrolled over n <= 5, vectorized over R: a batched library solver calls LAPACK once per system.
+    """
+    n = target.shape[1]
+    ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
+    A = [[gram[:, i, j] + (ridge if i == j else 0) for j in range(n)] for i in range(n)]
+    y = [target[:, i] for i in range(n)]
+    for k in range(n):
+        for i in range(k + 1, n):
+            factor = A[i][k] / A[k][k]
+            y[i] = y[i] - factor * y[k]
+            for j in range(k + 1, n):
+                A[i][j] = A[i][j] - factor * A[k][j]
+    for k in reversed(range(n)):
+        for j in range(k + 1, n):
+            y[k] = y[k] - A[k][j] * y[j]
+        y[k] = y[k] / A[k][k]
+    return torch.stack(y, 1)
+
+
+def storable(scales: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The grid as a checkpoint holds it: scales non-negative, descending, fp16; offsets fp16. Levels stay the same set."""
+    scales = scales.abs().sort(dim=0, descending=True).values.half().float()
+    return scales, None if offsets is None else offsets.half().float()
+
+
+def greedy_grid(w: torch.Tensor, bits: int, has_offsets: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales [b, R] and offsets [R] of the greedy fit, in fp32."""
+    offsets = w.mean(1) if has_offsets else None
+    residual = w - offsets[:, None] if has_offsets else w
+    scales = []
+    for _ in range(bits):
+        scales.append(residual.abs().mean(1))
+        residual = torch.where(residual >= 0, residual - scales[-1][:, None], residual + scales[-1][:, None])
+    return torch.stack(scales), offsets
+
+
+def greedy(w: torch.Tensor, bits: int, has_offsets: bool) -> Bcq:
+    """Greedy fit of w fp32 [R, g]: the codes follow the residual's sign, plane by plane, on the stored scales."""
+    scales, offsets = storable(*greedy_grid(w, bits, has_offsets))
+    residual = w if offsets is None else w - offsets[:, None]
+    planes = []
+    for scale in scales:
+        planes.append(residual >= 0)
+        residual = torch.where(planes[-1], residual - scale[:, None], residual + scale[:, None])
+    return Bcq(torch.stack(planes), scales, offsets)
+
+
+def starts(w: torch.Tensor, bits: int, has_offsets: bool, start: str, clip: bool) -> list[tuple]:
+    """Initial grids (scales [b, R], offsets [R] or None) in fp32 for `start`: greedy, uniform, or best (both)."""
+    grids = []
+    if start in ("best", "greedy"):
+        grids.append(greedy_grid(w, bits, has_offsets))
+    if start in ("best", "uniform"):
+        scales, offsets = uniform.bcq_grid(uniform.rtn(w, bits, symmetric=not has_offsets, clip=clip), bits)
+        grids.append((scales, offsets if has_offsets else None))
+    return grids
+
+
+def alternating(
+    w: torch.Tensor,
+    bits: int,
+    has_offsets: bool,
+    start: str = "best",
+    clip: bool = True,
+    iterations: int = 15,
+    tolerance: float = 1e-3,
+) -> Bcq:
+    """Alternating fit of w fp32 [R, g]; arguments as in `lutq.config.QuantConfig`.
+
+    Every iterate is judged as it would be stored, after rounding to fp16, so the result is never worse than a start.
+    """
+    best: Bcq | None = None
+    best_error = torch.full_like(w[:, 0], torch.inf)
+    for scales, offsets in starts(w, bits, has_offsets, start, clip):
+        previous = torch.inf
+        for iteration in range(iterations + 1):
+            stored_scales, stored_offsets = storable(scales, offsets)
+            planes, values = nearest(w, stored_scales, stored_offsets)
+            error = (w - values).square_().sum(1)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            if best is None:
+                best = Bcq(planes, stored_scales, stored_offsets)
+            else:
+                best = Bcq(
+                    torch.where(better[:, None], planes, best.planes),
+                    torch.where(better, stored_scales, best.scales),
+                    torch.where(better, stored_offsets, best.offsets) if has_offsets else None,
+                )
+            total = error.double().sum().item()
+            if iteration == iterations or total >= previous * (1 - tolerance):
+                break
+            previous = total
+            scales, offsets = refit(planes, w, has_offsets)
+    return best

@@ -1,0 +1,172 @@
+"""Quantization settings: one dataclass whose field names are the flags of `lutq quantize`, the keys of a recipe
+(`configs/*.toml`) and the keys saved in a checkpoint's `quantization_config`. Defaults live here and nowhere else.
+
+A recipe may end with an override table, a regular expression on the module name to what differs there:
+
+    [overrides."fc2$"]
+    bits = 4
+    [overrides."layers\\.0\\."]
+    skip = true
+
+Tables are applied from top to bottom, so a later match wins key by key.
+"""
+
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lutq.errors import LutqError
+from lutq.paths import shipped
+
+METHODS = ("rtn", "greedy", "alternating")
+STARTS = ("best", "greedy", "uniform")
+KEEP_BITS = 16  # head_bits that leaves the output head as it is
+FORMAT_VERSION = 1
+
+
+class LayerConfig(NamedTuple):
+    """How one Linear layer is stored, as a checkpoint's `quantization_config.modules` says for each.
+
+    group: 0 is one group for the whole row. grid: `bcq` or `uniform`. offsets: every group has an offset, stored as
+    `offsets` (bcq) or `zero_points` (uniform).
+    """
+
+    bits: int
+    group: int
+    grid: str = "bcq"
+    offsets: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """Settings of one `lutq quantize` run.
+
+    bits: bit-planes per weight, 1 to 4.
+    group: inputs that share one set of scales, a multiple of 32, or 0 for the whole row.
+    method: `rtn` (uniform grid), `greedy` or `alternating` (BCQ grid, see lutq/bcq.py).
+    offsets: store one offset per group besides the scales (BCQ grids).
+    symmetric: uniform grid without zero points, its levels at odd multiples of half a step.
+    clip: search the clipping range of a uniform grid by squared error; otherwise the whole range is kept.
+    start: which grid `alternating` starts from; `best` tries both and keeps, per group, the smaller squared error.
+    iterations, tolerance: `alternating` stops after so many rounds, or when a round lowers the squared error by less
+        than this fraction.
+    head_bits: bits of the output head, 16 keeps it as it is.
+    overrides: regular expression on the module name -> {bits, group, skip}.
+
+    Raises LutqError for a value out of range.
+    """
+
+    bits: int = 3
+    group: int = 128
+    method: str = "alternating"
+    offsets: bool = True
+    symmetric: bool = False
+    clip: bool = True
+    start: str = "best"
+    iterations: int = 15
+    tolerance: float = 1e-3
+    head_bits: int = KEEP_BITS
+    overrides: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            wanted = type(FIELDS[name].default) if name != "overrides" else dict
+            if wanted is float and type(value) is int:
+                object.__setattr__(self, name, float(value))
+            elif type(value) is not wanted:
+                raise LutqError(f"{name} must be of type {wanted.__name__}, not {value!r}")
+        check_bits(self.bits)
+        check_group(self.group)
+        if self.head_bits != KEEP_BITS:
+            check_bits(self.head_bits, "head_bits", f", or {KEEP_BITS} to keep the head as it is")
+        for name, known in (("method", METHODS), ("start", STARTS)):
+            if getattr(self, name) not in known:
+                raise LutqError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.iterations < 0:
+            raise LutqError(f"iterations must be 0 or more, not {self.iterations}")
+        if not 0 <= self.tolerance < 1:
+            raise LutqError(f"tolerance must be at least 0 and less than 1, not {self.tolerance}")
+        for pattern, table in self.overrides.items():
+            check_override(pattern, table)
+
+    @property
+    def grid(self) -> str:
+        """`uniform` or `bcq`: how a checkpoint of this method stores its levels."""
+        return "uniform" if self.method == "rtn" else "bcq"
+
+    def layer(self, name: str, is_head: bool = False) -> LayerConfig | None:
+        """Settings of the Linear layer called `name`, or None where it is kept as it is."""
+        skip = is_head and self.head_bits == KEEP_BITS
+        settings = {"bits": self.head_bits if is_head and not skip else self.bits, "group": self.group}
+        for pattern, table in self.overrides.items():
+            if re.search(pattern, name):
+                skip = table.get("skip", skip and "bits" not in table)
+                settings |= {key: value for key, value in table.items() if key != "skip"}
+        if skip:
+            return None
+        return LayerConfig(**settings, grid=self.grid, offsets=not self.symmetric if self.method == "rtn" else self.offsets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as saved in a checkpoint."""
+        return dataclasses.asdict(self)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(QuantConfig)}
+
+
+def check_bits(bits: Any, name: str = "bits", or_else: str = "") -> None:
+    """Raise LutqError unless `bits` is 1, 2, 3 or 4."""
+    if type(bits) is not int or not 1 <= bits <= 4:
+        raise LutqError(f"{name} must be 1, 2, 3 or 4{or_else}; got {bits!r}")
+
+
+def check_group(group: Any, name: str = "group") -> None:
+    """Raise LutqError unless `group` is 0 or a multiple of 32."""
+    if type(group) is not int or group < 0 or group % 32:
+        raise LutqError(f"{name} must be a multiple of 32, or 0 for one group per row; got {group!r}")
+
+
+def check_override(pattern: str, table: Any) -> None:
+    """Raise LutqError unless `pattern` is a regular expression and `table` holds only bits, group and skip."""
+    where = f"overrides.{pattern!r}"
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise LutqError(f"{where} is not a regular expression ({error}): correct it") from error
+    if not isinstance(table, dict) or not set(table) <= {"bits", "group", "skip"}:
+        raise LutqError(f"{where} takes the keys bits, group and skip; got {table!r}")
+    if "bits" in table:
+        check_bits(table["bits"], f"{where}.bits")
+    if "group" in table:
+        check_group(table["group"], f"{where}.group")
+    if type(table.get("skip", False)) is not bool:
+        raise LutqError(f"{where}.skip must be true or false; got {table['skip']!r}")
+
+
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """Settings in a recipe: a path, or the name of one shipped in `configs/` (with or without `configs/` and `.toml`).
+
+    Raises LutqError for a file that is missing, is not TOML, or has an unknown key.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        path = shipped("configs") / f"{path.stem}.toml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in shipped("configs").glob("*.toml")))
+        raise LutqError(f"no recipe {str(recipe)!r}: give the path of a .toml file or one of {names}")
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise LutqError(f"recipe {path} is not valid TOML ({error}): correct it") from error
+    unknown = sorted(set(settings) - set(FIELDS))
+    if unknown:
+        raise LutqError(f"recipe {path} has the unknown key {unknown[0]!r}; the keys are {', '.join(FIELDS)}")
+    return settings
+
+
+def make_config(recipe: str | Path | None = None, **flags: Any) -> QuantConfig:
+    """Defaults, overridden by the recipe, overridden by every flag that is not None."""
+    settings = read_recipe(recipe) if recipe is not None else {}
+    return QuantConfig(**settings | {name: value for name, value in flags.items() if value is not None})

@@ -1,0 +1,201 @@
+"""`lutq eval-ppl`: perplexity by a named protocol.
+
+    gptq        rows joined by blank lines, tokenized once, non-overlapping windows of 2048 tokens or the model's maximum if
+                that is less, the tail dropped; mean over windows of the mean NLL of each window, then exp. What papers
+                report (Frantar et al., arXiv 2210.17323).
+    raw         the same on the text as the file has it.
+    context-N   `gptq` with windows of N tokens.
+
+Every token of a window but its first is predicted from those before it in the window. The standard error is that of the
+mean over windows, carried through exp.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from lutq.data import Text, load_text
+from lutq.errors import LutqError
+from lutq.runtime import device_name, out_of_memory
+
+DEFAULT_WINDOW = 2048
+LOGITS = 1 << 26  # logits per forward pass: bounds their memory to 256 MB in fp32
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """A measured perplexity and everything needed to repeat it; nll in nats per token, seconds of the forward passes."""
+
+    model: str
+    dataset: str
+    protocol: str
+    perplexity: float
+    standard_error: float
+    nll: float
+    window: int
+    windows: int
+    tokens: int
+    bos: bool
+    tokenizer: str
+    dtype: str
+    device: str
+    backend: str
+    seconds: float
+    tokens_per_second: float
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.model}: perplexity {self.perplexity:.2f} +- {self.standard_error:.2f} "
+            f"({self.windows} windows of {self.window}, protocol {self.protocol}, {self.dtype} on {self.device}, "
+            f"{self.tokens_per_second:,.0f} tokens/s)"
+        )
+
+
+def window_of(protocol: str, longest: int | None) -> int:
+    """Window length in tokens of a protocol, for a model that takes `longest` tokens (None: any). Raises LutqError."""
+    match = re.fullmatch(r"gptq|raw|context-(\d+)", protocol)
+    if not match or (match[1] and int(match[1]) < 2):
+        raise LutqError(f"unknown protocol {protocol!r}: use gptq, raw or context-N with N tokens, such as context-4096")
+    if match[1] is None:
+        return min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
+    if longest and int(match[1]) > longest:
+        raise LutqError(f"the model takes {longest} tokens at most: use --protocol context-{longest} or less")
+    return int(match[1])
+
+
+def windows_of(tokens: torch.Tensor, window: int, most: int | None) -> torch.Tensor:
+    """Tokens [T] cut into [windows, window], the tail dropped, at most `most` windows. Raises LutqError for none."""
+    count = len(tokens) // window
+    if count == 0:
+        raise LutqError(f"the text has {len(tokens)} tokens, less than one window of {window}: give a longer text or --protocol context-N")
+    return tokens[: count * window].view(count, window)[:most]
+
+
+@torch.inference_mode()
+def window_nll(model: Any, windows: torch.Tensor, progress: bool = True) -> torch.Tensor:
+    """Mean negative log-likelihood of each window [windows], float64; windows int64 [windows, window]."""
+    vocabulary = model.get_output_embeddings().out_features
+    batch = max(1, LOGITS // (windows.shape[1] * vocabulary))
+    losses = []
+    with tqdm(total=windows.numel(), unit="token", unit_scale=True, disable=not progress, mininterval=progress_interval()) as bar:
+        for part in windows.split(batch):
+            tokens = part.to(model.device)
+            logits = model(tokens, use_cache=False).logits
+            for row, target in zip(logits, tokens, strict=True):
+                losses.append(F.cross_entropy(row[:-1].float(), target[1:]).double().cpu())
+            bar.update(part.numel())
+            bar.set_postfix(ppl=f"{torch.stack(losses).mean().exp().item():.2f}", refresh=False)
+    return torch.stack(losses)
+
+
+def progress_interval() -> float:
+    """Seconds between redraws of a progress bar; a log file wants few lines."""
+    return 0.1 if sys.stderr.isatty() else 10
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    text: Text,
+    name: str,
+    protocol: str = "gptq",
+    max_windows: int | None = None,
+    progress: bool = True,
+) -> Perplexity:
+    """Perplexity of a loaded model on a text. `name` is what the result calls the model. Raises LutqError."""
+    from lutq.linear import LutLinear
+
+    window = window_of(protocol, getattr(model.config, "max_position_embeddings", None))
+    tokens = torch.tensor(tokenizer(text.text, verbose=False).input_ids, dtype=torch.int64)
+    windows = windows_of(tokens, window, max_windows)
+    begin = time.perf_counter()
+    with out_of_memory(lambda: f"windows of {window} tokens are too long here: use --protocol context-{window // 2}"):
+        losses = window_nll(model, windows, progress)
+    seconds = time.perf_counter() - begin
+    nll = losses.mean().item()
+    if not math.isfinite(nll):
+        raise LutqError(f"{name} gives NaN or infinite losses in {model.dtype}: try --dtype bfloat16 or float32")
+    spread = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+    quantized = next((module for module in model.modules() if isinstance(module, LutLinear)), None)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return Perplexity(
+        model=name,
+        dataset=text.source,
+        protocol=protocol,
+        perplexity=math.exp(min(nll, 700)),
+        standard_error=math.exp(min(nll, 700)) * spread,
+        nll=nll,
+        window=window,
+        windows=len(windows),
+        tokens=windows.numel(),
+        bos=bos is not None and len(tokens) > 0 and tokens[0].item() == bos,
+        tokenizer=type(tokenizer).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device_name(model.device),
+        backend=backend_of(quantized, model.device.type),
+        seconds=seconds,
+        tokens_per_second=windows.numel() / seconds,
+    )
+
+
+def backend_of(module: Any, device: str) -> str:
+    """Backend that a LutLinear uses, or torch for a plain model."""
+    from lutq.ops import choose_backend
+
+    return "torch" if module is None else choose_backend(module.backend, device)[0]
+
+
+def evaluate(
+    dataset: str = "wikitext2",
+    model: str = "lutq-out",
+    baseline: str | None = None,
+    protocol: str = "gptq",
+    max_windows: int | None = None,
+    json_file: Path | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    backend: str = "auto",
+    progress: bool = True,
+) -> list[Perplexity]:
+    """Perplexity of `model`, after that of `baseline` if given; written to `json_file` if given.
+
+    Arguments as the flags of `lutq eval-ppl`. Raises LutqError.
+    """
+    from lutq.hf import load
+    from lutq.source import locate
+    from lutq.tokens import load_tokenizer
+
+    window_of(protocol, None)
+    if max_windows is not None and max_windows < 1:
+        raise LutqError(f"--max-windows must be 1 or more, not {max_windows}")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise LutqError(f"no directory {json_file.parent} for {json_file.name}: create it first")
+    text = load_text(dataset, protocol)
+    results = []
+    for name in filter(None, (baseline, model)):
+        loaded = load(name, device=device, dtype=dtype, backend=backend)
+        results.append(measure(loaded, load_tokenizer(locate(name)[0]), text, name, protocol, max_windows, progress))
+        del loaded
+    if json_file is not None:
+        json_file.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def compare(results: list[Perplexity]) -> str:
+    """What `lutq eval-ppl` prints: a line per model and, with a baseline, the difference."""
+    lines = [result.summary() for result in results]
+    if len(results) == 2:
+        base, model = results
+        change = model.perplexity - base.perplexity
+        lines.append(f"difference: {change:+.2f} ({change / base.perplexity:+.1%})")
+    return "\n".join(lines)

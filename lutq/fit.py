@@ -1,0 +1,53 @@
+"""From one weight matrix and its settings to its packed form: `fit(W, layer, config) -> Packed`.
+
+Rows are taken in chunks of bounded memory and cut into groups; a short last group is fitted on its own. Groups do not
+depend on each other, and the chunk size depends on the device only, so a matrix always gives the same codes on a device.
+"""
+
+import torch
+
+from lutq import bcq, uniform
+from lutq.config import LayerConfig, QuantConfig
+from lutq.pack import Packed, group_size, pack_bits
+
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 24}  # weights at a time; a fit needs about 100 bytes for each
+
+
+def fit(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed:
+    """Quantize W [N, K] (any float dtype, fitted in fp32 where it lies) without any data but the weights."""
+    N, K = W.shape
+    rows = max(1, CHUNK.get(W.device.type, CHUNK["cpu"]) // K)
+    chunks = [fit_rows(W[begin : begin + rows].float(), layer, config) for begin in range(0, N, rows)]
+    return Packed(*(None if parts[0] is None else torch.cat(parts, dim) for parts, dim in zip(zip(*chunks), (1, 1, 0, 0))))
+
+
+def fit_rows(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed:
+    """`fit` for an fp32 [rows, K] that is small enough to be done at once."""
+    rows, K = W.shape
+    g = group_size(layer.group, K)
+    whole = K // g * g
+    parts = [W[:, :whole].unflatten(1, (-1, g)), W[:, whole:].unsqueeze(1)] if K % g else [W.unflatten(1, (-1, g))]
+    fits = []
+    for part in parts:  # [rows, groups, g or less]
+        if part.shape[1] == 0:
+            continue
+        planes, scales, extra = fit_groups(part.flatten(0, 1).contiguous(), layer.bits, config)
+        fits.append((planes.view(layer.bits, rows, -1), scales.view(len(scales), rows, -1), extra))
+    codes = pack_bits(torch.cat([planes for planes, _, _ in fits], 2))
+    scales = torch.cat([scales for _, scales, _ in fits], 2).half()
+    if fits[0][2] is None:
+        return Packed(codes, scales)
+    extra = torch.cat([extra.view(rows, -1) for _, _, extra in fits], 1)
+    return Packed(codes, scales, None, extra.to(torch.uint8)) if layer.grid == "uniform" else Packed(codes, scales, extra.half())
+
+
+def fit_groups(w: torch.Tensor, bits: int, config: QuantConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Planes bool [b, R, g], scales [b or 1, R] and offsets or zero points [R] for groups w fp32 [R, g]."""
+    if config.method == "rtn":
+        index, scales, zero_points = uniform.rtn(w, bits, config.symmetric, config.clip)
+        planes = torch.stack([((index >> (bits - 1 - i)) & 1).bool() for i in range(bits)])
+        return planes, scales[None], zero_points
+    if config.method == "greedy":
+        return bcq.greedy(w, bits, config.offsets)
+    search = (config.start, config.clip, config.iterations, config.tolerance)
+    return bcq.alternating(w, bits, config.offsets, *search)

@@ -1,0 +1,122 @@
+"""`lutq generate`: stream text from a prompt, then say how fast it was.
+
+Sampling is that of transformers' `generate`, under the same names.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from lutq.errors import LutqError
+from lutq.runtime import out_of_memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Names and meaning as in transformers' GenerationConfig; temperature 0 is greedy decoding."""
+
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 50
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("max_new_tokens", 1, 10**9), ("temperature", 0, 100), ("top_k", 0, 10**9)):
+            if not low <= getattr(self, name) <= high:
+                raise LutqError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise LutqError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not self.repetition_penalty > 0:
+            raise LutqError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `generate`."""
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
+        if self.temperature == 0:
+            return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return options | {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Text and timing: the prompt's tokens are processed until the first new token, the others are decoded."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prompt_seconds: float
+    decode_seconds: float
+
+    def summary(self) -> str:
+        """Tokens per second of both phases."""
+        prompt = f"prompt {self.prompt_tokens} tokens, {self.prompt_tokens / self.prompt_seconds:.1f} tokens/s"
+        if self.new_tokens < 2:
+            return prompt
+        return f"{prompt}; decode {self.new_tokens} tokens, {(self.new_tokens - 1) / self.decode_seconds:.1f} tokens/s"
+
+
+class TimedStreamer(TextStreamer):
+    """Hands finished words to `write` and remembers when tokens came."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write, self.pieces, self.times = write, [], []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with the prompt first, then with every new token."""
+        super().put(value)
+        self.times.append(time.perf_counter())
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called with text that will not change any more."""
+        self.pieces.append(text)
+        self.write(text)
+
+
+def encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+    """Token ids [1, T] of a prompt, through the chat template if `chat`. Raises LutqError."""
+    if not prompt.strip():
+        raise LutqError("the prompt is empty: give some text, --file FILE, or text on standard input")
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt").input_ids
+    if not getattr(tokenizer, "chat_template", None):
+        raise LutqError("this model's tokenizer has no chat template: leave out --chat")
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    sampling: Sampling | None = None,
+    chat: bool = False,
+    write: Callable[[str], None] = lambda text: None,
+) -> Generation:
+    """Continue `prompt`, handing text to `write` as it comes. Stops early at the model's longest context.
+
+    Raises LutqError for an empty prompt or one that leaves no room, and when memory runs out.
+    """
+    sampling = sampling or Sampling()
+    ids = encode(tokenizer, prompt, chat).to(model.device)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    room = (longest - ids.shape[1]) if longest else sampling.max_new_tokens
+    if room < 1:
+        raise LutqError(f"the prompt has {ids.shape[1]} tokens and the model takes {longest}: shorten the prompt")
+    sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    streamer = TimedStreamer(tokenizer, write)
+    torch.manual_seed(sampling.seed)
+    advice = f"the cache of {ids.shape[1]} + {sampling.max_new_tokens} tokens does not fit: shorten the prompt or --max-new-tokens"
+    begin = time.perf_counter()
+    with out_of_memory(lambda: advice):
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=pad, **sampling.options())
+    first, last = streamer.times[1], streamer.times[-1]
+    return Generation("".join(streamer.pieces), ids.shape[1], output.shape[1] - ids.shape[1], first - begin, last - first)

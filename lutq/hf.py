@@ -1,0 +1,259 @@
+"""lutq inside transformers: `import lutq.hf` lets `AutoModelForCausalLM.from_pretrained` read lutq checkpoints, and
+`lutq.load` does that for you and checks more.
+
+A program that reads a lutq checkpoint without this module fails loudly: transformers only warns about a quant_method it
+does not know and would go on with random weights, so one quantized layer also stores an empty tensor under its ordinary
+name (`quantization_config.guard`), and transformers refuses a weight of the wrong size. Config and tokenizer stay readable
+for every tool.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lutq.config import FORMAT_VERSION, LayerConfig
+from lutq.errors import LutqError
+from lutq.linear import LutLinear
+from lutq.ops import choose_backend
+from lutq.pack import Packed
+from lutq.runtime import free_memory, out_of_memory, resolve_device, resolve_dtype, size
+from lutq.source import EMBEDDED, Source, load_config, locate, open_safetensors, read_json, shard_files
+from lutq.structure import match_tensors, read_structure
+
+
+@register_quantization_config("lutq")
+class LutqConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a lutq checkpoint.
+
+    modules: name of each quantized Linear layer -> fields of `LayerConfig`. settings: what `lutq quantize` was asked.
+    Raises LutqError for a format this version cannot read.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        guard: str = "",
+        format_version: int = FORMAT_VERSION,
+        lutq_version: str = "",
+        settings: dict[str, Any] | None = None,
+        quant_method: str = "lutq",
+        **unknown: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION or unknown:
+            what = f"format version {format_version}" + (f" and {sorted(unknown)}" if unknown else "")
+            raise LutqError(
+                f"this checkpoint was written by lutq {lutq_version or '?'} ({what}), which this version cannot read: "
+                "pip install --upgrade lutq"
+            )
+        self.quant_method = quant_method
+        self.modules, self.guard = modules or {}, guard
+        self.format_version, self.lutq_version, self.settings = format_version, lutq_version, settings or {}
+
+    def layers(self) -> dict[str, LayerConfig]:
+        """Module name -> how it is stored. Raises LutqError for fields that this version does not know."""
+        try:
+            layers = {name: LayerConfig(**fields) for name, fields in self.modules.items()}
+        except TypeError as error:
+            raise LutqError(f"quantization_config.modules is not as lutq writes it ({error}): quantize again") from error
+        for name, layer in layers.items():
+            if layer.grid not in ("bcq", "uniform") or layer.bits not in (1, 2, 3, 4) or layer.group % 32:
+                raise LutqError(f"quantization_config.modules.{name} has values this version does not know: {layer._asdict()}")
+        return layers
+
+
+@register_quantizer("lutq")
+class LutqHfQuantizer(HfQuantizer):
+    """Puts `LutLinear` modules in place of the quantized Linear layers before transformers loads the tensors."""
+
+    requires_calibration = True
+    quantization_config: LutqConfig
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        for name, layer in self.quantization_config.layers().items():
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError:
+                linear = None
+            if not isinstance(linear, torch.nn.Linear):
+                raise LutqError(f"quantization_config names {name}, which is no Linear layer of {type(model).__name__}: quantize again")
+            model.set_submodule(name, LutLinear(linear.in_features, linear.out_features, layer, linear.bias, device="meta"))
+        if checkpoint_files:
+            check_tensors(model, checkpoint_files)
+        guard = re.escape(self.quantization_config.guard)
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), f"^{guard}$"}
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What save_pretrained writes: the state dict and the guard."""
+        return model.state_dict() | {self.quantization_config.guard: torch.empty(0, dtype=model.dtype)}, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dtype = resolve_dtype(dtype, model.dtype)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, LutLinear):
+                linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+                linear.weight = torch.nn.Parameter(module.dequantize(dtype), requires_grad=False)
+                linear.bias = module.bias
+                model.set_submodule(name, linear)
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        """No gradients through packed weights."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The operator has a fake kernel, so torch.compile works."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """save_pretrained writes the packed tensors as they are."""
+        return True
+
+
+def check_tensors(model: torch.nn.Module, files: list[str]) -> None:
+    """Raise LutqError unless the files hold exactly the packed tensors that the model's LutLinear modules want.
+
+    Headers are compared only; transformers checks neither shapes nor leftovers of a quantized layer.
+    """
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118, a safetensors handle is not a dict
+                found[key] = tuple(handle.get_slice(key).get_shape())
+    for name, module in model.named_modules():
+        if not isinstance(module, LutLinear):
+            continue
+        wanted = {f"{name}.{key}": tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+        for key, shape in wanted.items():
+            if found.get(key) != shape:
+                have = f"has shape {list(found[key])} there" if key in found else "is missing"
+                raise LutqError(f"config.json asks for {key} of shape {list(shape)}, but it {have}: copy or quantize the model again")
+        unknown = sorted(key for key in found if key.startswith(f"{name}.") and key not in wanted and not key.endswith(".weight"))
+        if unknown:
+            raise LutqError(f"{unknown[0]} is not a tensor this version of lutq knows: pip install --upgrade lutq")
+
+
+def load(
+    model: str | Path = "lutq-out",
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    backend: str = "auto",
+    **options: Any,
+) -> PreTrainedModel:
+    """A model ready for inference: a lutq checkpoint, or any causal language model that transformers can load.
+
+    model: directory, hub id, or "opt-tiny" (embedded). device: default the GPU if there is one. dtype: of activations and
+    kept weights; auto is float32 on the CPU and the checkpoint's own on a GPU. backend: of LutLinear, see lutq/ops.py.
+    options: further arguments of from_pretrained, such as device_map, which replaces device.
+    Raises LutqError for anything that keeps the model from being complete and undamaged, or from fitting into memory.
+    """
+    path, _ = locate(existing(model))
+    quantization = check_checkpoint(path)
+    place = resolve_device(device)
+    config = load_config(path)
+    dtype = resolve_dtype(dtype, torch.float32 if place.type == "cpu" else config.dtype or torch.float16)
+    choose_backend(backend, place.type)
+    if "device_map" not in options:
+        needed = model_bytes(path, dtype)
+        if needed > free_memory(place):
+            raise LutqError(f"{model} does not fit: {what_would_fit(path, dtype, place, needed)}")
+        options["device_map"] = {"": place}
+    with out_of_memory(lambda: what_would_fit(path, dtype, place, model_bytes(path, dtype))):
+        try:
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+            )
+        except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, LutqError):
+                raise
+            raise LutqError(f"transformers cannot load {path}: {str(error).strip().split(chr(10))[0]}") from error
+    if info["missing_keys"]:
+        raise LutqError(f"{path} lacks the tensor {sorted(info['missing_keys'])[0]}: copy or quantize the model again")
+    if quantization:
+        for module in loaded.modules():
+            if isinstance(module, LutLinear):
+                module.backend = backend
+    return loaded.eval()
+
+
+def existing(model: str | Path) -> str | Path:
+    """The model as given; a LutqError with the remedy when the default output is not there yet."""
+    if str(model) == "lutq-out" and not Path(model).exists():
+        raise LutqError("there is no lutq-out here: run `lutq quantize` first, or give --model DIR")
+    return model
+
+
+def check_checkpoint(path: Path) -> LutqConfig | None:
+    """Read every file's header and compare with the config; the LutqConfig of a lutq checkpoint, None for a plain model.
+
+    Raises LutqError for what is missing, damaged or of an unknown format.
+    """
+    raw = read_json(path / "config.json", "is not a checkpoint directory: it needs a config.json")
+    quantization = raw.get("quantization_config")
+    if quantization is None:
+        source = Source(path)
+        match_tensors(read_structure(source.config), source)
+        return None
+    if quantization.get("quant_method") != "lutq":
+        return None  # transformers knows what to do with it, or says so
+    config = LutqConfig(**quantization)
+    config.layers()
+    for file in weight_files(path):
+        open_safetensors(file)
+    return config
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Safetensors files of a lutq checkpoint. Raises LutqError when one is missing."""
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    return shard_files(path, "model.safetensors.index.json")
+
+
+def model_bytes(path: Path, dtype: torch.dtype) -> int:
+    """Bytes that the tensors of a checkpoint take once loaded: packed tensors as they are, the others in `dtype`."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        return sum(file.stat().st_size for file in path.glob("pytorch_model*.bin"))
+    total = 0
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118, a safetensors handle is not a dict
+                tensor = handle.get_slice(key)
+                packed = key.rpartition(".")[2] in Packed._fields
+                itemsize = TENSOR_BYTES.get(tensor.get_dtype(), 4) if packed else dtype.itemsize
+                total += torch.Size(tensor.get_shape()).numel() * itemsize
+    return total
+
+
+TENSOR_BYTES = {"I32": 4, "F16": 2, "U8": 1}
+
+
+def what_would_fit(path: Path, dtype: torch.dtype, device: torch.device, needed: int) -> str:
+    """What a model needs against what the device has, and which bits or devices would do."""
+    free = free_memory(device)
+    words = f"its weights take {size(needed)} in {str(dtype).removeprefix('torch.')} and {device} has {size(free)} free"
+    structure = read_structure(load_config(path))
+    linear = sum(layer.N * layer.K for layer in structure.linears.values() if layer.place == "block")
+    kept = sum(torch.Size(shape).numel() for key, shape in structure.tensors.items() if key not in structure.tied) - linear
+    sizes = {bits: linear * (bits + 0.5) / 8 + kept * dtype.itemsize for bits in (4, 3, 2)}
+    fitting = [f"{bits} bits ({size(count)})" for bits, count in sizes.items() if count < min(free, needed)]
+    if fitting:
+        return f"{words}; quantized to {fitting[0]} it would fit: lutq quantize --bits {fitting[0][0]}"
+    if dtype == torch.float32:
+        return f"{words}; try --dtype bfloat16"
+    return f"{words}; " + ("use --device cpu or a GPU with more memory" if device.type == "cuda" else "use a machine with more memory")
+
+
+__all__ = ["EMBEDDED", "LutqConfig", "LutqHfQuantizer", "check_checkpoint", "load"]

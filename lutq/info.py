@@ -1,0 +1,62 @@
+"""`lutq info`: what a checkpoint is, in plain words, from its headers alone."""
+
+from pathlib import Path
+
+import torch
+
+from lutq.hf import check_checkpoint, load_config, locate
+from lutq.ops import choose_backend
+from lutq.pack import packed_shapes
+from lutq.report import bits_per_weight, table
+from lutq.report import LayerReport
+from lutq.runtime import device_name, resolve_device, size
+from lutq.structure import read_structure
+
+
+def describe(model: str | Path, device: str | None = None, backend: str = "auto") -> str:
+    """The text of `lutq info`. Raises LutqError for what is no complete checkpoint."""
+    from lutq.hf import existing
+
+    path, name = locate(existing(model))
+    quantization = check_checkpoint(path)
+    config = load_config(path)
+    structure = read_structure(config)
+    place = resolve_device(device)
+    parameters = sum(torch.Size(shape).numel() for key, shape in structure.tensors.items() if key not in structure.tied)
+    stored = sum(file.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern))
+    lines = [
+        f"{name}: {config.architectures[0] if config.architectures else config.model_type}, {parameters / 1e6:,.1f} M parameters, "
+        f"{getattr(config, 'num_hidden_layers', '?')} blocks, context {getattr(config, 'max_position_embeddings', 'unlimited')}, "
+        f"{size(stored)} on disk",
+    ]
+    if quantization is None:
+        linear = [layer for layer in structure.linears.values() if layer.place == "block"]
+        share = sum(layer.N * layer.K for layer in linear) / parameters
+        lines += [
+            f"not quantized by lutq; {len(linear)} Linear layers inside its blocks ({share:.0%} of the parameters) can be",
+            f"to quantize: lutq quantize {model} --bits 3 --group 128",
+        ]
+        return "\n".join(lines)
+    layers = []
+    for module, layer in quantization.layers().items():
+        N, K = structure.linears[module].N, structure.linears[module].K
+        nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in packed_shapes(N, K, layer).values())
+        layers.append(LayerReport(module, N, K, layer, nbytes, 0.0, 0.0))
+    kinds: dict[tuple, list[LayerReport]] = {}
+    for layer in layers:
+        kinds.setdefault((layer.kind, *layer.layer), []).append(layer)
+    body = [
+        (kind, str(len(members)), str(bits), str(group or "row"), grid, "yes" if offsets else "no", f"{bits_per_weight(members):.3f}")
+        for (kind, bits, group, grid, offsets), members in kinds.items()
+    ]
+    backend_name, why = choose_backend(backend, place.type)
+    method = quantization.settings.get("method", "?")
+    lines += [
+        f"quantized by lutq {quantization.lutq_version} (format {quantization.format_version}), method {method}, "
+        f"{bits_per_weight(layers):.3f} bits per weight in {len(layers)} layers, {8 * stored / parameters:.3f} in the whole model",
+        "",
+        table(("layer", "count", "bits", "group", "grid", "offsets", "bits/weight"), body),
+        "",
+        f"would run here on {device_name(place)} with backend {backend_name}: {why}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""The canonical packed form of a weight matrix, and back.
+
+    W [N, K]  ->  Packed(codes int32 [b, N, ceil(K/32)], scales fp16, offsets fp16 or zero_points uint8)
+
+Bit t of word w in `codes[i, n, w]` is the sign of plane i for input k = 32 w + t: 1 is +1 and 0 is -1. Bits past K are 0.
+With G = ceil(K/g) groups of g inputs (the last may be short):
+
+    bcq grid       W[n,k] = offsets[n,G] + sum_i scales[i,n,G] * s_i[n,k]          scales [b, N, G], offsets [N, G] or None
+    uniform grid   W[n,k] = scales[0,n,G] * (u[n,k] - zero_points[n,G])            scales [1, N, G], zero_points [N, G]
+                   u = sum_i 2^(b-1-i) (s_i + 1)/2; without zero_points, (2^b - 1)/2 takes their place
+
+The form knows no kernel: kernels reorder it at load. All arithmetic here is fp32, and the uniform grid is exact in it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from lutq.config import LayerConfig
+
+CHUNK = 1 << 22  # weights unpacked at a time: bounds the temporary memory to about 50 MB
+
+
+class Packed(NamedTuple):
+    """See the module docstring. `offsets` belong to the bcq grid, `zero_points` to the uniform grid."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor | None = None
+    zero_points: torch.Tensor | None = None
+
+
+def words(K: int) -> int:
+    """Words of 32 codes in a row of K inputs."""
+    return -(-K // 32)
+
+
+def group_size(group: int, K: int) -> int:
+    """Inputs per group: `group`, or for 0 (one group per row) K rounded up to whole words."""
+    return group or 32 * words(K)
+
+
+def packed_shapes(N: int, K: int, layer: LayerConfig) -> dict[str, tuple]:
+    """Tensor name -> (shape, dtype) of the packed form of W [N, K]."""
+    G = -(-K // group_size(layer.group, K))
+    bcq = layer.grid == "bcq"
+    shapes = {
+        "codes": ((layer.bits, N, words(K)), torch.int32),
+        "scales": ((layer.bits if bcq else 1, N, G), torch.float16),
+    }
+    if layer.offsets:
+        shapes |= {"offsets": ((N, G), torch.float16)} if bcq else {"zero_points": ((N, G), torch.uint8)}
+    return shapes
+
+
+def pack_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Bool [..., K] -> int32 [..., ceil(K/32)], little-endian: bit t of word w is input 32 w + t."""
+    K = bits.shape[-1]
+    padded = F.pad(bits.to(torch.uint8), (0, 32 * words(K) - K))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
+    as_bytes = (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return as_bytes.contiguous().view(torch.int32)
+
+
+def unpack_bits(codes: torch.Tensor, K: int) -> torch.Tensor:
+    """Int32 [..., ceil(K/32)] -> bool [..., K]; the inverse of `pack_bits`."""
+    as_bytes = codes.contiguous().view(torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return ((as_bytes[..., None] >> shifts) & 1).flatten(-2)[..., :K].bool()
+
+
+def signs(codes: torch.Tensor, K: int, one: float = 1.0, zero: float = -1.0) -> torch.Tensor:
+    """Int32 [..., ceil(K/32)] -> fp32 [..., K] with `one` for set bits and `zero` for the others."""
+    byte = torch.arange(256, dtype=torch.uint8, device=codes.device)
+    bit = (byte[:, None] >> torch.arange(8, dtype=torch.uint8, device=codes.device)) & 1
+    table = torch.where(bit.bool(), one, zero)
+    return F.embedding(codes.contiguous().view(torch.uint8).int(), table).flatten(-2)[..., :K]
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None,
+    zero_points: torch.Tensor | None,
+    group: int,
+    grid: str,
+    K: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The packed matrix as `dtype` [N, K], computed in fp32 and rounded once. `group` in inputs, 0 for one per row."""
+    bits, N, _ = codes.shape
+    g = group_size(group, K)
+    out = torch.empty(N, K, dtype=dtype, device=codes.device)
+    rows = max(1, CHUNK // max(K, 1))
+    for begin in range(0, N, rows):
+        part = slice(begin, begin + rows)
+
+        def spread(per_group: torch.Tensor, part: slice = part) -> torch.Tensor:  # [N, G] -> fp32 [rows, K]
+            return per_group[part].float().repeat_interleave(g, dim=-1)[:, :K]
+
+        if grid == "uniform":
+            w = signs(codes[0, part], K, 2.0 ** (bits - 1), 0.0)
+            for i in range(1, bits):
+                w += signs(codes[i, part], K, 2.0 ** (bits - 1 - i), 0.0)
+            w -= spread(zero_points) if zero_points is not None else (2**bits - 1) / 2
+            w *= spread(scales[0])
+        else:
+            w = signs(codes[0, part], K) * spread(scales[0])
+            for i in range(1, bits):
+                w += signs(codes[i, part], K) * spread(scales[i])
+            if offsets is not None:
+                w += spread(offsets)
+        out[part] = w.to(dtype)
+    return out

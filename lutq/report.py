@@ -1,0 +1,114 @@
+"""What a quantization did, and how it is shown: on the terminal and in the model card."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from lutq.config import LayerConfig, QuantConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One quantized Linear layer: W [N, K] stored in `nbytes`; squared Frobenius norms of W and of its error."""
+
+    name: str
+    N: int
+    K: int
+    layer: LayerConfig
+    nbytes: int
+    error: float
+    norm: float
+
+    @property
+    def kind(self) -> str:
+        """Last part of the name, such as q_proj."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Figures of one run. Sizes in bytes, time in seconds of this process; `kept` names Linear layers left as they are."""
+
+    source: str
+    out: Path
+    config: QuantConfig
+    layers: list[LayerReport]
+    kept: list[str]
+    ignored: list[str]
+    bytes_before: int
+    bytes_after: int
+    parameters: int
+    seconds: float
+    peak: str
+
+    def summary(self) -> str:
+        """The table printed at the end of `lutq quantize`."""
+        from lutq.runtime import size
+
+        lines = [table(HEADER, rows(self.layers)), ""]
+        lines += [
+            f"bits per weight   {bits_per_weight(self.layers):.3f} in the quantized layers, scales and offsets included; "
+            f"{8 * self.bytes_after / self.parameters:.3f} in the whole model",
+            f"size              {size(self.bytes_before)} -> {size(self.bytes_after)}",
+            f"relative error    {relative_error(self.layers):.4f} of the quantized weights (Frobenius)",
+            f"kept as they are  {len(self.kept)} Linear layers{': ' if self.kept else ''}{shorten(self.kept)}",
+            f"peak memory       {self.peak}",
+            f"time              {self.seconds:.1f} s",
+        ]
+        if self.ignored:
+            lines.append(f"not in the model  {len(self.ignored)} tensors of the source left out: {shorten(self.ignored)}")
+        lines.append(f"Quantized {self.source} to {self.out} with {bits_per_weight(self.layers):.3f} bits per weight.")
+        return "\n".join(lines)
+
+
+HEADER = ("layer", "count", "bits", "group", "bits/weight", "rel. error")
+
+
+def bits_per_weight(layers: Iterable[LayerReport]) -> float:
+    """Stored bits per weight of some layers, everything but the bias counted."""
+    layers = list(layers)
+    return 8 * sum(layer.nbytes for layer in layers) / sum(layer.N * layer.K for layer in layers)
+
+
+def relative_error(layers: Iterable[LayerReport]) -> float:
+    """|W - Q| / |W| over some layers together (Frobenius norms)."""
+    layers = list(layers)
+    norm = sum(layer.norm for layer in layers)
+    return math.sqrt(sum(layer.error for layer in layers) / norm) if norm else 0.0
+
+
+def rows(layers: Iterable[LayerReport]) -> list[tuple[str, ...]]:
+    """A row per kind of layer, bits and group, in order of appearance, and one for all."""
+    kinds: dict[tuple, list[LayerReport]] = {}
+    for layer in layers:
+        kinds.setdefault((layer.kind, *layer.layer[:2]), []).append(layer)
+    result = []
+    for (kind, bits, group), members in kinds.items():
+        figures = (f"{bits_per_weight(members):.3f}", f"{relative_error(members):.4f}")
+        result.append((kind, str(len(members)), str(bits), str(group or "row"), *figures))
+    members = [layer for group in kinds.values() for layer in group]
+    result.append(("all", str(len(members)), "", "", f"{bits_per_weight(members):.3f}", f"{relative_error(members):.4f}"))
+    return result
+
+
+def table(header: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
+    """Columns of text, the first flush left and the others flush right."""
+    lines = [header, *body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
+
+
+def markdown_table(header: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
+    """The same as a Markdown table."""
+    lines = [header, tuple("---" for _ in header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def shorten(names: list[str], most: int = 6) -> str:
+    """Some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

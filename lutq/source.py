@@ -1,0 +1,171 @@
+"""A source checkpoint read one tensor at a time: a hub id, a directory, or the embedded model; never the whole model.
+
+Directories hold `config.json` and safetensors (one file or shards with an index) or, as the OPT hub repositories ship
+them, `pytorch_model.bin` files, which are read with `weights_only=True`.
+"""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lutq.errors import LutqError
+from lutq.paths import ASSETS
+
+EMBEDDED = "opt-tiny"
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def locate(model: str | Path | None) -> tuple[Path, str]:
+    """Directory of a model and the name to show for it; a hub id is downloaded (or found in the cache) first.
+
+    None and "opt-tiny" mean the embedded model unless a directory of that name exists. Raises LutqError.
+    """
+    if model is None or (str(model) == EMBEDDED and not Path(EMBEDDED).is_dir()):
+        return ASSETS / EMBEDDED, EMBEDDED
+    path, name = Path(model).expanduser(), str(model)
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.exists():
+        raise LutqError(f"{name} is a file: give the directory that holds config.json and the weights")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise LutqError(f"no directory {name}: give a checkpoint directory or a hub id such as facebook/opt-125m")
+    return download(name), name
+
+
+def download(hub_id: str) -> Path:
+    """Snapshot of a hub repository: its small files and safetensors, or `pytorch_model*.bin` where there are none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        path = Path(snapshot_download(hub_id, allow_patterns=[*SMALL_FILES, "model*.safetensors"]))
+        if not any((path / name).exists() for name in WEIGHTS[:2]):
+            path = Path(snapshot_download(hub_id, allow_patterns=[*SMALL_FILES, "pytorch_model*.bin"]))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise LutqError(
+            f"no directory {hub_id!r} here and no model of that name could be fetched from the hub ({reason}): "
+            "check the name and the network, or give a directory"
+        ) from error
+    return path
+
+
+class Source:
+    """An open checkpoint directory.
+
+    name: as the user gave it. config: the transformers config. raw_config: config.json as it is. keys: tensor names.
+    Raises LutqError for whatever keeps it from being a complete, undamaged checkpoint, before any work is done.
+    """
+
+    def __init__(self, model: str | Path | None = None) -> None:
+        self.path, self.name = locate(model)
+        self.raw_config = read_json(self.path / "config.json", "is not a checkpoint directory: it needs a config.json")
+        if "quantization_config" in self.raw_config:
+            method = self.raw_config["quantization_config"].get("quant_method", "unknown")
+            raise LutqError(f"{self.path} is already quantized (quant_method {method!r}): give the original model")
+        self.config = load_config(self.path)
+        self._files = self._find_files()
+        self._open: dict[Path, Any] = {}
+        self._where: dict[str, Path] = {}
+        for file in self._files:
+            for key in self._handle(file).keys():  # noqa: SIM118, a safetensors handle is not a dict
+                self._where[key] = file
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the tensors in the files."""
+        return list(self._where)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weight files in bytes."""
+        return sum(file.stat().st_size for file in self._files)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header where there is one."""
+        handle = self._handle(self._where[key])
+        return tuple(handle[key].shape if isinstance(handle, dict) else handle.get_slice(key).get_shape())
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """A tensor on the CPU, in the dtype of the file. Raises LutqError if it cannot be read."""
+        file = self._where[key]
+        handle = self._handle(file)
+        try:
+            return handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
+        except (SafetensorError, RuntimeError) as error:
+            raise LutqError(f"{file} is damaged at {key} ({error}): download it again") from error
+
+    def _find_files(self) -> list[Path]:
+        found = next((name for name in WEIGHTS if (self.path / name).is_file()), None)
+        if found is None:
+            raise LutqError(f"{self.path} has no weights: it needs model.safetensors or pytorch_model.bin (or shards)")
+        if not found.endswith(".index.json"):
+            return [self.path / found]
+        return shard_files(self.path, found)
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            if file.suffix == ".bin":
+                self._open = {path: handle for path, handle in self._open.items() if path.suffix != ".bin"}
+                self._open[file] = load_bin(file)
+            else:
+                self._open[file] = open_safetensors(file)
+        return self._open[file]
+
+
+def shard_files(path: Path, index_name: str) -> list[Path]:
+    """Files that an index names, all of which must exist."""
+    index = read_json(path / index_name, "has no index of its shards")
+    names = sorted(set(index.get("weight_map", {}).values()))
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing or not names:
+        raise LutqError(f"{path} lacks the shard {missing[0] if missing else 'list'} that {index_name} names: copy it again")
+    return [path / name for name in names]
+
+
+def open_safetensors(file: Path) -> Any:
+    """A safetensors handle on the CPU; its header has been checked against the file's length."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise LutqError(f"{file} is damaged or cut short ({error}): download it again") from error
+
+
+def load_bin(file: Path) -> dict[str, torch.Tensor]:
+    """A `pytorch_model.bin` as a dict of memory-mapped tensors, without running any pickled code."""
+    try:
+        with file.open("rb") as stream:
+            is_zip = stream.read(4) == b"PK\x03\x04"  # the format before torch 1.6 cannot be memory-mapped
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise LutqError(f"{file} is damaged or not a plain state dict ({reason}): download it again") from error
+
+
+def read_json(path: Path, otherwise: str) -> dict[str, Any]:
+    """A JSON object; `otherwise` completes the sentence "DIR ..." when the file is missing."""
+    if not path.is_file():
+        raise LutqError(f"{path.parent} {otherwise}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LutqError(f"{path} is not valid JSON ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise LutqError(f"{path} does not hold a JSON object: download it again")
+    return content
+
+
+def load_config(path: Path) -> Any:
+    """The transformers config of a checkpoint directory; code from the checkpoint is never run."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise LutqError(f"transformers cannot read {path / 'config.json'} ({reason}): correct it or update transformers") from error

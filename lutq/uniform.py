@@ -1,0 +1,61 @@
+"""Round-to-nearest on a uniform grid, w ~ s (u - zp) with u in [0, 2^b), one step s per group.
+
+Everything works on groups as rows: w [R, g] fp32, R groups of g weights. The range of an asymmetric grid contains 0, so
+that 0 is a level and zp an integer in [0, 2^b); a symmetric grid has its levels at odd multiples of s/2 and no zero point.
+s is rounded to fp16 before weights are rounded to levels, so the error is that of the stored grid.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+SHRINKS = 41  # clipping ranges tried: 1, 0.98 .. 0.2 of the whole range
+SMALLEST_SCALE = 2.0**-24  # smallest positive fp16
+
+
+class Uniform(NamedTuple):
+    """levels_index u uint8 [R, g], scales s fp32 [R] (fp16 values), zero_points fp32 [R] (integers) or None."""
+
+    index: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+
+
+def round_to_grid(w: torch.Tensor, scales: torch.Tensor, center: torch.Tensor, bits: int) -> torch.Tensor:
+    """Index u fp32 [R, g] of the nearest level s (u - center), for s and center [R]."""
+    return torch.round(w / scales[:, None] + center[:, None]).clamp_(0, 2**bits - 1)
+
+
+def rtn(w: torch.Tensor, bits: int, symmetric: bool = False, clip: bool = True) -> Uniform:
+    """Nearest levels of each group's uniform grid.
+
+    w: fp32 [R, g]. clip: try `SHRINKS` clipping ranges and keep, per group, the one of the least squared error (the whole
+    range is one of them); otherwise keep the whole range.
+    """
+    steps = 2**bits - 1
+    if symmetric:
+        high = w.abs().amax(1)
+        low = -high
+    else:
+        low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+    best_error = torch.full_like(low, torch.inf)
+    best_scales, best_center = torch.zeros_like(low), torch.zeros_like(low)
+    for shrink in torch.linspace(1.0, 0.2, SHRINKS).tolist() if clip else [1.0]:
+        scales = ((high - low) * (shrink / steps)).half().float().clamp(min=SMALLEST_SCALE)
+        center = torch.full_like(low, steps / 2) if symmetric else torch.round(-low * shrink / scales).clamp_(0, steps)
+        index = round_to_grid(w, scales, center, bits)
+        error = (w - scales[:, None] * (index - center[:, None])).square_().sum(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scales = torch.where(better, scales, best_scales)
+        best_center = torch.where(better, center, best_center)
+    index = round_to_grid(w, best_scales, best_center, bits).to(torch.uint8)
+    return Uniform(index, best_scales, None if symmetric else best_center)
+
+
+def bcq_grid(uniform: Uniform, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same levels in BCQ form: scales_i = s 2^(b-2-i) [b, R] and offset = s ((2^b - 1)/2 - zp) [R], in fp32."""
+    powers = torch.tensor([2.0 ** (bits - 2 - i) for i in range(bits)], device=uniform.scales.device)
+    if uniform.zero_points is None:
+        return powers[:, None] * uniform.scales, torch.zeros_like(uniform.scales)
+    return powers[:, None] * uniform.scales, uniform.scales * ((2**bits - 1) / 2 - uniform.zero_points)
