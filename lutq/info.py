@@ -4,19 +4,17 @@ from pathlib import Path
 
 import torch
 
-from lutq.hf import check_checkpoint, load_config, locate
+from lutq.hf import check_checkpoint, existing
 from lutq.ops import choose_backend
 from lutq.pack import packed_shapes
-from lutq.report import bits_per_weight, table
-from lutq.report import LayerReport
+from lutq.report import LayerReport, bits_per_weight, by_kind, table
 from lutq.runtime import device_name, resolve_device, size
+from lutq.source import load_config, locate
 from lutq.structure import read_structure
 
 
 def describe(model: str | Path, device: str | None = None, backend: str = "auto") -> str:
     """The text of `lutq info`. Raises LutqError for what is no complete checkpoint."""
-    from lutq.hf import existing
-
     path, name = locate(existing(model))
     quantization = check_checkpoint(path)
     config = load_config(path)
@@ -42,12 +40,9 @@ def describe(model: str | Path, device: str | None = None, backend: str = "auto"
         N, K = structure.linears[module].N, structure.linears[module].K
         nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in packed_shapes(N, K, layer).values())
         layers.append(LayerReport(module, N, K, layer, nbytes, 0.0, 0.0))
-    kinds: dict[tuple, list[LayerReport]] = {}
-    for layer in layers:
-        kinds.setdefault((layer.kind, *layer.layer), []).append(layer)
     body = [
         (kind, str(len(members)), str(bits), str(group or "row"), grid, "yes" if offsets else "no", f"{bits_per_weight(members):.3f}")
-        for (kind, bits, group, grid, offsets), members in kinds.items()
+        for (kind, bits, group, grid, offsets), members in by_kind(layers).items()
     ]
     backend_name, why = choose_backend(backend, place.type)
     method = quantization.settings.get("method", "?")

@@ -78,17 +78,22 @@ def relative_error(layers: Iterable[LayerReport]) -> float:
     return math.sqrt(sum(layer.error for layer in layers) / norm) if norm else 0.0
 
 
-def rows(layers: Iterable[LayerReport]) -> list[tuple[str, ...]]:
-    """A row per kind of layer, bits and group, in order of appearance, and one for all."""
+def by_kind(layers: Iterable[LayerReport]) -> dict[tuple, list[LayerReport]]:
+    """(kind, bits, group, grid, offsets) -> layers, in order of appearance."""
     kinds: dict[tuple, list[LayerReport]] = {}
     for layer in layers:
-        kinds.setdefault((layer.kind, *layer.layer[:2]), []).append(layer)
+        kinds.setdefault((layer.kind, *layer.layer), []).append(layer)
+    return kinds
+
+
+def rows(layers: Iterable[LayerReport]) -> list[tuple[str, ...]]:
+    """A row per kind of layer, bits and group, in order of appearance, and one for all."""
+    layers = list(layers)
     result = []
-    for (kind, bits, group), members in kinds.items():
+    for (kind, bits, group, _, _), members in by_kind(layers).items():
         figures = (f"{bits_per_weight(members):.3f}", f"{relative_error(members):.4f}")
         result.append((kind, str(len(members)), str(bits), str(group or "row"), *figures))
-    members = [layer for group in kinds.values() for layer in group]
-    result.append(("all", str(len(members)), "", "", f"{bits_per_weight(members):.3f}", f"{relative_error(members):.4f}"))
+    result.append(("all", str(len(layers)), "", "", f"{bits_per_weight(layers):.3f}", f"{relative_error(layers):.4f}"))
     return result
 
 

@@ -1,0 +1,209 @@
+"""The command line: one function per verb, which imports its module only when called, so that `lutq --help` is instant.
+
+A LutqError prints one sentence and exits with code 2; `--verbose` shows its traceback.
+"""
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from lutq import __version__
+from lutq.config import FIELDS, METHODS, STARTS, make_config
+from lutq.errors import LutqError
+
+app = typer.Typer(
+    name="lutq",
+    help="Large language models in 1 to 4 bits: quantize, generate, measure perplexity.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N; auto is the GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="Of activations: float16, bfloat16, float32; auto is float32 on the CPU.")]
+Backend = Annotated[str, typer.Option(help="Kernel of the quantized layers: auto or reference.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+Model = Annotated[str, typer.Option(help="Checkpoint directory, hub id, or opt-tiny (embedded).")]
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Run a verb so that bad input ends in one sentence and exit code 2, and Ctrl-C in exit code 130."""
+
+    @functools.wraps(function)
+    def run(*args: Any, verbose: bool = False, **kwargs: Any) -> None:
+        try:
+            quiet_libraries()
+            function(*args, verbose=verbose, **kwargs)
+        except LutqError as error:
+            if verbose:
+                traceback.print_exc()
+            typer.echo(f"lutq: {error}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            typer.echo("\nlutq: interrupted", err=True)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' own progress bars and advice, which lutq replaces; their errors stay."""
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub.set_verbosity_error()
+
+
+def setting(name: str, text: str, flags: str | None = None) -> Any:
+    """An option whose default is that of the QuantConfig field `name`: not given means "as in the recipe"."""
+    default = FIELDS[name].default
+    shown = {True: "yes", False: "no"}.get(default, default) if isinstance(default, bool) else default
+    return typer.Option(*([flags] if flags else []), help=text, show_default=str(shown))
+
+
+def print_version(wanted: bool) -> None:
+    """`lutq --version`."""
+    if wanted:
+        typer.echo(f"lutq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Large language models in 1 to 4 bits: quantize, generate, measure perplexity."""
+
+
+@app.command()
+@verb
+def quantize(
+    model: Annotated[Optional[str], typer.Argument(help="Hub id or checkpoint directory; default: the embedded model.")] = None,
+    bits: Annotated[Optional[int], setting("bits", "Bit-planes per weight, 1 to 4.")] = None,
+    group: Annotated[Optional[int], setting("group", "Inputs that share scales: a multiple of 32, or 0 for the row.")] = None,
+    method: Annotated[Optional[str], setting("method", f"{', '.join(METHODS)}.")] = None,
+    offsets: Annotated[Optional[bool], setting("offsets", "BCQ: one offset per group.", "--offsets/--no-offsets")] = None,
+    symmetric: Annotated[Optional[bool], setting("symmetric", "rtn: no zero points.", "--symmetric/--asymmetric")] = None,
+    clip: Annotated[Optional[bool], setting("clip", "Uniform grids: search the clipping range.", "--clip/--no-clip")] = None,
+    start: Annotated[Optional[str], setting("start", f"alternating: start from {', '.join(STARTS)}.")] = None,
+    iterations: Annotated[Optional[int], setting("iterations", "alternating: rounds at most.")] = None,
+    tolerance: Annotated[Optional[float], setting("tolerance", "alternating: stop when a round gains less.")] = None,
+    head_bits: Annotated[Optional[int], setting("head_bits", "Bits of the output head; 16 keeps it as it is.")] = None,
+    recipe: Annotated[Optional[str], typer.Option(help="Settings from configs/NAME.toml; flags override them.")] = None,
+    out: Annotated[Path, typer.Option(help="Output directory.")] = Path("lutq-out"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output, drop an unfinished run.")] = False,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of kept tensors; auto: as in the source, float16 for float32.")] = "auto",
+    backend: Backend = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Quantize a model and write it to a directory. Interrupted, the same command goes on where it stopped."""
+    settings = {name: value for name, value in locals().items() if name in FIELDS}
+    config = make_config(recipe, **settings)
+    from lutq.ops import choose_backend
+    from lutq.quantize import quantize_checkpoint
+
+    choose_backend(backend)
+    report = quantize_checkpoint(model, out, config, device=device, dtype=dtype, overwrite=overwrite)
+    typer.echo(report.summary())
+
+
+@app.command()
+@verb
+def generate(
+    prompt: Annotated[Optional[str], typer.Argument(help="The text to continue; - or nothing: standard input.")] = None,
+    model: Model = "lutq-out",
+    file: Annotated[Optional[Path], typer.Option(help="Read the prompt from a file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is all.")] = 50,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Continue a prompt, streaming the text as it comes."""
+    text = read_prompt(prompt, file)
+    from lutq.generate import Sampling
+    from lutq.generate import generate as run
+    from lutq.hf import load
+    from lutq.source import locate
+    from lutq.tokens import load_tokenizer
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    loaded = load(model, device=device, dtype=dtype, backend=backend)
+    tokenizer = load_tokenizer(locate(model)[0])
+    if not chat:
+        typer.echo(text, nl=False)
+    result = run(loaded, tokenizer, text, sampling, chat, lambda piece: typer.echo(piece, nl=False))
+    typer.echo("")
+    typer.echo(f"[{result.summary()}]", err=True)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from the argument, the file, or standard input. Raises LutqError."""
+    if prompt is not None and file is not None:
+        raise LutqError("give the prompt or --file, not both")
+    if file is not None:
+        from lutq.data import read_text
+
+        return read_text(str(file)).rstrip("\n")
+    if prompt is None or prompt == "-":
+        if sys.stdin.isatty():
+            raise LutqError('there is no prompt: lutq generate "Once upon a time", --file FILE, or text on standard input')
+        prompt = sys.stdin.read().rstrip("\n")
+    if not prompt.strip():
+        raise LutqError("the prompt is empty: give some text, --file FILE, or text on standard input")
+    return prompt
+
+
+@app.command("eval-ppl")
+@verb
+def eval_ppl(
+    dataset: Annotated[str, typer.Argument(help="wikitext2 (embedded), c4, ptb, or a text file.")] = "wikitext2",
+    model: Model = "lutq-out",
+    baseline: Annotated[Optional[str], typer.Option(help="A second model to compare with, measured first.")] = None,
+    protocol: Annotated[str, typer.Option(help="gptq, raw, or context-N.")] = "gptq",
+    max_windows: Annotated[Optional[int], typer.Option(help="Measure the first windows only.")] = None,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the results to this file.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Measure perplexity of a quantized or plain model."""
+    from lutq.evaluate import compare, evaluate
+
+    results = evaluate(dataset, model, baseline, protocol, max_windows, json_file, device, dtype, backend)
+    typer.echo(compare(results))
+
+
+@app.command()
+@verb
+def info(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory, hub id, or opt-tiny (embedded).")] = "lutq-out",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Say what a checkpoint is, its bits per weight, and which backend would run it here."""
+    from lutq.info import describe
+
+    typer.echo(describe(model, device, backend))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
