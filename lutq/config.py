@@ -1,4 +1,4 @@
-"""Quantization settings: one dataclass whose field names are the flags of `lutq quantize`, the keys of a recipe
+r"""Quantization settings: one dataclass whose field names are the flags of `lutq quantize`, the keys of a recipe
 (`configs/*.toml`) and the keys saved in a checkpoint's `quantization_config`. Defaults live here and nowhere else.
 
 A recipe may end with an override table, a regular expression on the module name to what differs there:

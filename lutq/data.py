@@ -1,5 +1,6 @@
 """Evaluation texts by name. `wikitext2` is in the package; `c4` and `ptb` come through the `datasets` library; anything
-else is the path of a text file."""
+else is the path of a text file.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple

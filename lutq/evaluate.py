@@ -28,7 +28,7 @@ from lutq.errors import LutqError
 from lutq.runtime import device_name, out_of_memory
 
 DEFAULT_WINDOW = 2048
-LOGITS = 1 << 26  # logits per forward pass: bounds their memory to 256 MB in fp32
+LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits per forward pass: what fits a CPU cache well, and fills a GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,9 @@ def windows_of(tokens: torch.Tensor, window: int, most: int | None) -> torch.Ten
     """Tokens [T] cut into [windows, window], the tail dropped, at most `most` windows. Raises LutqError for none."""
     count = len(tokens) // window
     if count == 0:
-        raise LutqError(f"the text has {len(tokens)} tokens, less than one window of {window}: give a longer text or --protocol context-N")
+        raise LutqError(
+            f"the text has {len(tokens)} tokens, less than one window of {window}: give a longer text or --protocol context-N"
+        )
     return tokens[: count * window].view(count, window)[:most]
 
 
@@ -85,7 +87,7 @@ def windows_of(tokens: torch.Tensor, window: int, most: int | None) -> torch.Ten
 def window_nll(model: Any, windows: torch.Tensor, progress: bool = True) -> torch.Tensor:
     """Mean negative log-likelihood of each window [windows], float64; windows int64 [windows, window]."""
     vocabulary = model.get_output_embeddings().out_features
-    batch = max(1, LOGITS // (windows.shape[1] * vocabulary))
+    batch = max(1, LOGITS[model.device.type] // (windows.shape[1] * vocabulary))
     losses = []
     with tqdm(total=windows.numel(), unit="token", unit_scale=True, disable=not progress, mininterval=progress_interval()) as bar:
         for part in windows.split(batch):

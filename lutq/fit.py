@@ -18,7 +18,9 @@ def fit(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed:
     N, K = W.shape
     rows = max(1, CHUNK.get(W.device.type, CHUNK["cpu"]) // K)
     chunks = [fit_rows(W[begin : begin + rows].float(), layer, config) for begin in range(0, N, rows)]
-    return Packed(*(None if parts[0] is None else torch.cat(parts, dim) for parts, dim in zip(zip(*chunks), (1, 1, 0, 0))))
+    rows_of = {"codes": 1, "scales": 1, "offsets": 0, "zero_points": 0}  # dimension of N
+    parts = {name: [getattr(chunk, name) for chunk in chunks] for name in rows_of}
+    return Packed(**{name: None if tensors[0] is None else torch.cat(tensors, rows_of[name]) for name, tensors in parts.items()})
 
 
 def fit_rows(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed:
@@ -44,8 +46,8 @@ def fit_rows(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed
 def fit_groups(w: torch.Tensor, bits: int, config: QuantConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Planes bool [b, R, g], scales [b or 1, R] and offsets or zero points [R] for groups w fp32 [R, g]."""
     if config.method == "rtn":
-        index, scales, zero_points = uniform.rtn(w, bits, config.symmetric, config.clip)
-        planes = torch.stack([((index >> (bits - 1 - i)) & 1).bool() for i in range(bits)])
+        u, scales, zero_points = uniform.rtn(w, bits, config.symmetric, config.clip)
+        planes = torch.stack([((u >> (bits - 1 - i)) & 1).bool() for i in range(bits)])
         return planes, scales[None], zero_points
     if config.method == "greedy":
         return bcq.greedy(w, bits, config.offsets)

@@ -114,9 +114,13 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     streamer = TimedStreamer(tokenizer, write)
     torch.manual_seed(sampling.seed)
-    advice = f"the cache of {ids.shape[1]} + {sampling.max_new_tokens} tokens does not fit: shorten the prompt or --max-new-tokens"
+    advice = (
+        f"the cache of {ids.shape[1]} + {sampling.max_new_tokens} tokens does not fit: shorten the prompt or --max-new-tokens"
+    )
     begin = time.perf_counter()
     with out_of_memory(lambda: advice):
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=pad, **sampling.options())
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=pad, **sampling.options()
+        )
     first, last = streamer.times[1], streamer.times[-1]
     return Generation("".join(streamer.pieces), ids.shape[1], output.shape[1] - ids.shape[1], first - begin, last - first)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,8 +22,9 @@ from lutq.linear import LutLinear
 from lutq.ops import choose_backend
 from lutq.pack import Packed
 from lutq.runtime import free_memory, out_of_memory, resolve_device, resolve_dtype, size
-from lutq.source import EMBEDDED, Source, load_config, locate, open_safetensors, read_json, shard_files
-from lutq.structure import match_tensors, read_structure
+from lutq.shards import DTYPES_BY_NAME
+from lutq.source import Source, load_config, locate, open_safetensors, read_json, shard_files
+from lutq.structure import match_tensors, read_structure, skeleton, tensor_shapes
 
 
 @register_quantization_config("lutq")
@@ -77,16 +77,9 @@ class LutqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
-        for name, layer in self.quantization_config.layers().items():
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError:
-                linear = None
-            if not isinstance(linear, torch.nn.Linear):
-                raise LutqError(f"quantization_config names {name}, which is no Linear layer of {type(model).__name__}: quantize again")
-            model.set_submodule(name, LutLinear(linear.in_features, linear.out_features, layer, linear.bias, device="meta"))
+        replace_linears(model, self.quantization_config)
         if checkpoint_files:
-            check_tensors(model, checkpoint_files)
+            check_tensors(model, self.quantization_config, [Path(file) for file in checkpoint_files])
         guard = re.escape(self.quantization_config.guard)
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), f"^{guard}$"}
         return model
@@ -120,27 +113,41 @@ class LutqHfQuantizer(HfQuantizer):
         return True
 
 
-def check_tensors(model: torch.nn.Module, files: list[str]) -> None:
-    """Raise LutqError unless the files hold exactly the packed tensors that the model's LutLinear modules want.
+def replace_linears(model: torch.nn.Module, quantization: LutqConfig) -> None:
+    """Put unfilled LutLinear modules on the meta device in place of the Linear layers that the config names.
 
-    Headers are compared only; transformers checks neither shapes nor leftovers of a quantized layer.
+    Raises LutqError when the model has no such Linear layer.
+    """
+    for name, layer in quantization.layers().items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, torch.nn.Linear):
+            raise LutqError(
+                f"quantization_config names {name}, which is no Linear layer of {type(model).__name__}: quantize again"
+            )
+        model.set_submodule(name, LutLinear(linear.in_features, linear.out_features, layer, linear.bias, device="meta"))
+
+
+def check_tensors(model: torch.nn.Module, quantization: LutqConfig, files: list[Path]) -> None:
+    """Raise LutqError unless the files hold exactly the tensors of `model`, and the guard.
+
+    Headers are compared only; transformers itself checks neither the shapes of a quantized model nor leftovers.
     """
     found = {}
     for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118, a safetensors handle is not a dict
-                found[key] = tuple(handle.get_slice(key).get_shape())
-    for name, module in model.named_modules():
-        if not isinstance(module, LutLinear):
-            continue
-        wanted = {f"{name}.{key}": tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-        for key, shape in wanted.items():
-            if found.get(key) != shape:
-                have = f"has shape {list(found[key])} there" if key in found else "is missing"
-                raise LutqError(f"config.json asks for {key} of shape {list(shape)}, but it {have}: copy or quantize the model again")
-        unknown = sorted(key for key in found if key.startswith(f"{name}.") and key not in wanted and not key.endswith(".weight"))
-        if unknown:
-            raise LutqError(f"{unknown[0]} is not a tensor this version of lutq knows: pip install --upgrade lutq")
+        handle = open_safetensors(file)
+        for key in handle.keys():  # noqa: SIM118, a safetensors handle is not a dict
+            found[key] = tuple(handle.get_slice(key).get_shape())
+    wanted, tied = tensor_shapes(model)
+    for key, shape in wanted.items():
+        if key not in tied and found.get(key) != shape:
+            have = f"has shape {list(found[key])} there" if key in found else "is missing"
+            raise LutqError(f"config.json asks for {key} of shape {list(shape)}, but it {have}: copy or quantize the model again")
+    unknown = sorted(set(found) - set(wanted) - {quantization.guard})
+    if unknown:
+        raise LutqError(f"{unknown[0]} is not a tensor this version of lutq knows: pip install --upgrade lutq")
 
 
 def load(
@@ -208,9 +215,9 @@ def check_checkpoint(path: Path) -> LutqConfig | None:
     if quantization.get("quant_method") != "lutq":
         return None  # transformers knows what to do with it, or says so
     config = LutqConfig(**quantization)
-    config.layers()
-    for file in weight_files(path):
-        open_safetensors(file)
+    model = skeleton(load_config(path))
+    replace_linears(model, config)
+    check_tensors(model, config, weight_files(path))
     return config
 
 
@@ -228,16 +235,12 @@ def model_bytes(path: Path, dtype: torch.dtype) -> int:
         return sum(file.stat().st_size for file in path.glob("pytorch_model*.bin"))
     total = 0
     for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118, a safetensors handle is not a dict
-                tensor = handle.get_slice(key)
-                packed = key.rpartition(".")[2] in Packed._fields
-                itemsize = TENSOR_BYTES.get(tensor.get_dtype(), 4) if packed else dtype.itemsize
-                total += torch.Size(tensor.get_shape()).numel() * itemsize
+        handle = open_safetensors(file)
+        for key in handle.keys():  # noqa: SIM118, a safetensors handle is not a dict
+            packed = key.rpartition(".")[2] in Packed._fields
+            itemsize = DTYPES_BY_NAME[handle.get_slice(key).get_dtype()].itemsize if packed else dtype.itemsize
+            total += torch.Size(handle.get_slice(key).get_shape()).numel() * itemsize
     return total
-
-
-TENSOR_BYTES = {"I32": 4, "F16": 2, "U8": 1}
 
 
 def what_would_fit(path: Path, dtype: torch.dtype, device: torch.device, needed: int) -> str:
@@ -253,7 +256,6 @@ def what_would_fit(path: Path, dtype: torch.dtype, device: torch.device, needed:
         return f"{words}; quantized to {fitting[0]} it would fit: lutq quantize --bits {fitting[0][0]}"
     if dtype == torch.float32:
         return f"{words}; try --dtype bfloat16"
-    return f"{words}; " + ("use --device cpu or a GPU with more memory" if device.type == "cuda" else "use a machine with more memory")
-
-
-__all__ = ["EMBEDDED", "LutqConfig", "LutqHfQuantizer", "check_checkpoint", "load"]
+    return f"{words}; " + (
+        "use --device cpu or a GPU with more memory" if device.type == "cuda" else "use a machine with more memory"
+    )

@@ -22,10 +22,10 @@ def describe(model: str | Path, device: str | None = None, backend: str = "auto"
     place = resolve_device(device)
     parameters = sum(torch.Size(shape).numel() for key, shape in structure.tensors.items() if key not in structure.tied)
     stored = sum(file.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern))
+    architecture = config.architectures[0] if config.architectures else config.model_type
     lines = [
-        f"{name}: {config.architectures[0] if config.architectures else config.model_type}, {parameters / 1e6:,.1f} M parameters, "
-        f"{getattr(config, 'num_hidden_layers', '?')} blocks, context {getattr(config, 'max_position_embeddings', 'unlimited')}, "
-        f"{size(stored)} on disk",
+        f"{name}: {architecture}, {parameters / 1e6:,.1f} M parameters, {getattr(config, 'num_hidden_layers', '?')} blocks, "
+        f"context {getattr(config, 'max_position_embeddings', 'unlimited')}, {size(stored)} on disk"
     ]
     if quantization is None:
         linear = [layer for layer in structure.linears.values() if layer.place == "block"]
@@ -41,7 +41,15 @@ def describe(model: str | Path, device: str | None = None, backend: str = "auto"
         nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in packed_shapes(N, K, layer).values())
         layers.append(LayerReport(module, N, K, layer, nbytes, 0.0, 0.0))
     body = [
-        (kind, str(len(members)), str(bits), str(group or "row"), grid, "yes" if offsets else "no", f"{bits_per_weight(members):.3f}")
+        (
+            kind,
+            str(len(members)),
+            str(bits),
+            str(group or "row"),
+            grid,
+            "yes" if offsets else "no",
+            f"{bits_per_weight(members):.3f}",
+        )
         for (kind, bits, group, grid, offsets), members in by_kind(layers).items()
     ]
     backend_name, why = choose_backend(backend, place.type)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-import lutq.ops  # defines torch.ops.lutq.linear
+import lutq.ops  # noqa: F401, defines torch.ops.lutq.linear
 from lutq.config import LayerConfig
 from lutq.pack import Packed, dequantize, packed_shapes
 
@@ -39,9 +39,7 @@ class LutLinear(torch.nn.Module):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_packed(
-        cls, packed: Packed, in_features: int, layer: LayerConfig, bias: torch.Tensor | None = None
-    ) -> "LutLinear":
+    def from_packed(cls, packed: Packed, in_features: int, layer: LayerConfig, bias: torch.Tensor | None = None) -> "LutLinear":
         """A layer that holds `packed`, of `in_features` inputs."""
         parameter = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         module = cls(in_features, packed.codes.shape[1], layer, parameter, device="meta")
@@ -50,7 +48,7 @@ class LutLinear(torch.nn.Module):
         return module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> [..., N]."""
+        """Map x [..., K] to y [..., N]."""
         tensors = (self.codes, self.scales, self.offsets, self.zero_points, self.bias)
         return torch.ops.lutq.linear(x, *tensors, self.layer.group, self.layer.grid, self.backend)
 

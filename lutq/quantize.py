@@ -5,7 +5,6 @@ same command. The order of work is the order of the model's tensors, planned bef
 """
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -29,7 +28,15 @@ from lutq.shards import SHARD_BYTES, ShardWriter, Spec, disk_error
 from lutq.source import Source
 from lutq.structure import Structure, match_tensors, read_structure
 
-TOKENIZER_FILES = ("token*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.tiktoken")
+TOKENIZER_FILES = (
+    "token*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.tiktoken",
+)
 TOKENIZER_FILES += ("sentencepiece*", "spiece.model", "preprocessor_config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 RESUME_OR_OVERWRITE = "run it with those settings to go on, or add --overwrite to start again"
 
@@ -87,7 +94,9 @@ def choose_layers(structure: Structure, config: QuantConfig) -> tuple[dict[str, 
     """Module name -> settings of every Linear layer to quantize, and the names of those that are kept."""
     for pattern in config.overrides:
         if not any(re.search(pattern, name) for name in structure.linears):
-            raise LutqError(f"overrides.{pattern!r} matches no Linear layer: correct it (a name is {next(iter(structure.linears))})")
+            raise LutqError(
+                f"overrides.{pattern!r} matches no Linear layer: correct it (a name is {next(iter(structure.linears))})"
+            )
     chosen, kept = {}, []
     for name, linear in structure.linears.items():
         layer = None if linear.place == "outside" else config.layer(name, linear.place == "head")
@@ -120,7 +129,9 @@ def quantize_checkpoint(
     source, target = Source(model), resolve_device(device)
     out = Path(out)
     check_out(out, overwrite)
-    kept_dtype = resolve_dtype(dtype, source.config.dtype if source.config.dtype in (torch.float16, torch.bfloat16) else torch.float16)
+    kept_dtype = resolve_dtype(
+        dtype, source.config.dtype if source.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    )
     structure = read_structure(source.config)
     todo = plan(source, structure, config, kept_dtype)
     identity = {
@@ -271,7 +282,11 @@ def memory_advice(unit: Unit, device: torch.device) -> str:
     """What quantizing one layer takes, against what there is."""
     needed = 16 * unit.shape[0] * unit.shape[1] + 100 * CHUNK[device.type]
     words = f"{unit.name} needs about {size(needed)} on {device.type}, where {size(free_memory(device))} is free"
-    return f"{words}; close other programs" + (" or use --device cpu" if device.type == "cuda" else "") + " and run the command again"
+    return (
+        f"{words}; close other programs"
+        + (" or use --device cpu" if device.type == "cuda" else "")
+        + " and run the command again"
+    )
 
 
 def finish(source: Source, structure: Structure, todo: Plan, report: Report, folder: Path) -> None:
@@ -308,7 +323,7 @@ def publish(partial: Path, out: Path) -> None:
     if out.exists():
         if old.exists():
             shutil.rmtree(old)
-        os.replace(out, old)
-    os.replace(partial, out)
+        out.replace(old)
+    partial.replace(out)
     if old.exists():
         shutil.rmtree(old)

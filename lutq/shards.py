@@ -29,6 +29,7 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Spec(NamedTuple):
@@ -62,7 +63,9 @@ class ShardWriter:
             shards[-1].append(name)
             size += spec.nbytes
         count = len(shards)
-        self.files = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        self.files = (
+            ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        )
         self.shard_of = {name: number for number, names in enumerate(shards) for name in names}
         self._shards, self._waiting = shards, [set(names) - written for names in shards]
         self._place: dict[str, int] = {}

@@ -168,4 +168,6 @@ def load_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise LutqError(f"transformers cannot read {path / 'config.json'} ({reason}): correct it or update transformers") from error
+        raise LutqError(
+            f"transformers cannot read {path / 'config.json'} ({reason}): correct it or update transformers"
+        ) from error

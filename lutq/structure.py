@@ -47,8 +47,8 @@ def skeleton(config: Any) -> torch.nn.Module:
 REMEDY = "lutq quantizes OPT, LLaMA, Mistral, Qwen2, Qwen3 and models built like them"
 
 
-def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """Name and list of the decoder blocks: the largest ModuleList with Linear layers. Raises LutqError for none."""
+def decoder_blocks(model: torch.nn.Module) -> str:
+    """Name of the list of decoder blocks: the largest ModuleList with Linear layers. Raises LutqError for none."""
     lists = [
         (sum(p.numel() for p in module.parameters()), name, module)
         for name, module in model.named_modules()
@@ -60,28 +60,32 @@ def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     fused = next((key for key, p in blocks.named_parameters() if p.dim() > 2), None)
     if fused:
         raise LutqError(f"{type(model).__name__} keeps weights outside Linear layers ({name}.{fused}): {REMEDY}")
-    return name, blocks
+    return name
 
 
 def read_structure(config: Any) -> Structure:
     """Structure of the causal language model of a config."""
     model = skeleton(config)
-    blocks_name, blocks = decoder_blocks(model)
+    blocks_name = decoder_blocks(model)
     head = model.get_output_embeddings()
     linears = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             place = "head" if module is head else "block" if name.startswith(blocks_name + ".") else "outside"
             linears[name] = Linear(module.out_features, module.in_features, place)
+    shapes, tied = tensor_shapes(model)
+    return Structure(linears, shapes, tied, f"{model.base_model_prefix}.")
+
+
+def tensor_shapes(model: torch.nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """State-dict name -> shape, in model order; and name -> earlier name for every tensor that is tied to an earlier one."""
     first: dict[int, str] = {}
-    tied = {}
-    state = model.state_dict(keep_vars=True)
-    for key, tensor in state.items():
-        kept = first.setdefault(id(tensor), key)
-        if kept != key:
-            tied[key] = kept
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    return Structure(linears, shapes, tied, model.base_model_prefix + ".")
+    shapes, tied = {}, {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        shapes[key] = tuple(tensor.shape)
+        if first.setdefault(id(tensor), key) != key:
+            tied[key] = first[id(tensor)]
+    return shapes, tied
 
 
 def match_tensors(structure: Structure, source: Source) -> tuple[dict[str, str], list[str]]:

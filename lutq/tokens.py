@@ -14,4 +14,6 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise LutqError(f"{path} has no usable tokenizer ({reason}): copy the tokenizer files of the original model there") from error
+        raise LutqError(
+            f"{path} has no usable tokenizer ({reason}): copy the tokenizer files of the original model there"
+        ) from error

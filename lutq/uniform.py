@@ -14,15 +14,15 @@ SMALLEST_SCALE = 2.0**-24  # smallest positive fp16
 
 
 class Uniform(NamedTuple):
-    """levels_index u uint8 [R, g], scales s fp32 [R] (fp16 values), zero_points fp32 [R] (integers) or None."""
+    """u uint8 [R, g], scales s fp32 [R] (fp16 values), zero_points fp32 [R] (integers) or None."""
 
-    index: torch.Tensor
+    u: torch.Tensor
     scales: torch.Tensor
     zero_points: torch.Tensor | None
 
 
 def round_to_grid(w: torch.Tensor, scales: torch.Tensor, center: torch.Tensor, bits: int) -> torch.Tensor:
-    """Index u fp32 [R, g] of the nearest level s (u - center), for s and center [R]."""
+    """U fp32 [R, g] of the nearest level s (u - center), for s and center [R]."""
     return torch.round(w / scales[:, None] + center[:, None]).clamp_(0, 2**bits - 1)
 
 
@@ -43,14 +43,14 @@ def rtn(w: torch.Tensor, bits: int, symmetric: bool = False, clip: bool = True) 
     for shrink in torch.linspace(1.0, 0.2, SHRINKS).tolist() if clip else [1.0]:
         scales = ((high - low) * (shrink / steps)).half().float().clamp(min=SMALLEST_SCALE)
         center = torch.full_like(low, steps / 2) if symmetric else torch.round(-low * shrink / scales).clamp_(0, steps)
-        index = round_to_grid(w, scales, center, bits)
-        error = (w - scales[:, None] * (index - center[:, None])).square_().sum(1)
+        u = round_to_grid(w, scales, center, bits)
+        error = (w - scales[:, None] * (u - center[:, None])).square_().sum(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scales = torch.where(better, scales, best_scales)
         best_center = torch.where(better, center, best_center)
-    index = round_to_grid(w, best_scales, best_center, bits).to(torch.uint8)
-    return Uniform(index, best_scales, None if symmetric else best_center)
+    u = round_to_grid(w, best_scales, best_center, bits).to(torch.uint8)
+    return Uniform(u, best_scales, None if symmetric else best_center)
 
 
 def bcq_grid(uniform: Uniform, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

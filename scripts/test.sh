@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Install lutq with its test tools into .venv, then check style and type hints (ruff) and run every test.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/install.sh test
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/python -m pytest "$@"
