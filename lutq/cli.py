@@ -45,7 +45,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"lutq: {error}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
-            typer.echo("\nlutq: interrupted", err=True)
+            hint = "; the same command goes on where it stopped" if function.__name__ == "quantize" else ""
+            typer.echo(f"\nlutq: interrupted{hint}", err=True)
             raise typer.Exit(130) from None
 
     return run

@@ -50,8 +50,8 @@ class QuantConfig:
     symmetric: uniform grid without zero points, its levels at odd multiples of half a step.
     clip: search the clipping range of a uniform grid by squared error; otherwise the whole range is kept.
     start: which grid `alternating` starts from; `best` tries both and keeps, per group, the smaller squared error.
-    iterations, tolerance: `alternating` stops after so many rounds, or when a round lowers the squared error by less
-        than this fraction.
+    iterations, tolerance: `alternating` stops after so many rounds, or when a round lowers the squared error of the rows
+        at hand by less than this fraction.
     head_bits: bits of the output head, 16 keeps it as it is.
     overrides: regular expression on the module name -> {bits, group, skip}.
 

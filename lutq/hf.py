@@ -24,6 +24,7 @@ from lutq.pack import Packed
 from lutq.runtime import free_memory, out_of_memory, resolve_device, resolve_dtype, size
 from lutq.shards import DTYPES_BY_NAME
 from lutq.source import Source, load_config, locate, open_safetensors, read_json, shard_files
+from lutq.source import tensor_shapes as source_shapes
 from lutq.structure import match_tensors, read_structure, skeleton, tensor_shapes
 
 
@@ -135,11 +136,9 @@ def check_tensors(model: torch.nn.Module, quantization: LutqConfig, files: list[
 
     Headers are compared only; transformers itself checks neither the shapes of a quantized model nor leftovers.
     """
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for file in files:
-        handle = open_safetensors(file)
-        for key in handle.keys():  # noqa: SIM118, a safetensors handle is not a dict
-            found[key] = tuple(handle.get_slice(key).get_shape())
+        found |= source_shapes(file)
     wanted, tied = tensor_shapes(model)
     for key, shape in wanted.items():
         if key not in tied and found.get(key) != shape:

@@ -56,7 +56,7 @@ def describe(model: str | Path, device: str | None = None, backend: str = "auto"
     method = quantization.settings.get("method", "?")
     lines += [
         f"quantized by lutq {quantization.lutq_version} (format {quantization.format_version}), method {method}, "
-        f"{bits_per_weight(layers):.3f} bits per weight in {len(layers)} layers, {8 * stored / parameters:.3f} in the whole model",
+        f"{bits_per_weight(layers):.3f} bits per weight in {len(layers)} layers, {8 * stored / parameters:.3f} in all",
         "",
         table(("layer", "count", "bits", "group", "grid", "offsets", "bits/weight"), body),
         "",

@@ -4,6 +4,7 @@ Directories hold `config.json` and safetensors (one file or shards with an index
 them, `pytorch_model.bin` files, which are read with `weights_only=True`.
 """
 
+import functools
 import json
 import pickle
 from pathlib import Path
@@ -70,11 +71,11 @@ class Source:
             raise LutqError(f"{self.path} is already quantized (quant_method {method!r}): give the original model")
         self.config = load_config(self.path)
         self._files = self._find_files()
-        self._open: dict[Path, Any] = {}
         self._where: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for file in self._files:
-            for key in self._handle(file).keys():  # noqa: SIM118, a safetensors handle is not a dict
-                self._where[key] = file
+            for key, shape in tensor_shapes(file).items():
+                self._where[key], self._shapes[key] = file, shape
 
     @property
     def keys(self) -> list[str]:
@@ -87,16 +88,17 @@ class Source:
         return sum(file.stat().st_size for file in self._files)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the file's header where there is one."""
-        handle = self._handle(self._where[key])
-        return tuple(handle[key].shape if isinstance(handle, dict) else handle.get_slice(key).get_shape())
+        """Shape of a tensor."""
+        return self._shapes[key]
 
     def tensor(self, key: str) -> torch.Tensor:
-        """A tensor on the CPU, in the dtype of the file. Raises LutqError if it cannot be read."""
+        """A tensor on the CPU, in the dtype of the file. Raises LutqError if it cannot be read.
+
+        The file is opened anew each time: a mapping that stays open would keep every page read so far in memory.
+        """
         file = self._where[key]
-        handle = self._handle(file)
         try:
-            return handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
+            return load_bin(file)[key] if file.suffix == ".bin" else open_safetensors(file).get_tensor(key)
         except (SafetensorError, RuntimeError) as error:
             raise LutqError(f"{file} is damaged at {key} ({error}): download it again") from error
 
@@ -107,15 +109,6 @@ class Source:
         if not found.endswith(".index.json"):
             return [self.path / found]
         return shard_files(self.path, found)
-
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            if file.suffix == ".bin":
-                self._open = {path: handle for path, handle in self._open.items() if path.suffix != ".bin"}
-                self._open[file] = load_bin(file)
-            else:
-                self._open[file] = open_safetensors(file)
-        return self._open[file]
 
 
 def shard_files(path: Path, index_name: str) -> list[Path]:
@@ -136,15 +129,37 @@ def open_safetensors(file: Path) -> Any:
         raise LutqError(f"{file} is damaged or cut short ({error}): download it again") from error
 
 
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of everything in a weight file. Raises LutqError if it is damaged."""
+    if file.suffix == ".bin":
+        return {key: tuple(tensor.shape) for key, tensor in load_bin(file).items()}
+    handle = open_safetensors(file)
+    return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118, the handle is not a dict
+
+
 def load_bin(file: Path) -> dict[str, torch.Tensor]:
-    """A `pytorch_model.bin` as a dict of memory-mapped tensors, without running any pickled code."""
+    """A `pytorch_model.bin` as a dict of tensors, without running any pickled code.
+
+    Files in the format before torch 1.6 cannot be memory-mapped; the last one read stays in memory.
+    """
+    with file.open("rb") as stream:
+        is_mappable = stream.read(4) == b"PK\x03\x04"
+    return load_mapped_bin(file) if is_mappable else load_whole_bin(file)
+
+
+def load_mapped_bin(file: Path, mmap: bool = True) -> dict[str, torch.Tensor]:
+    """The state dict in a file. Raises LutqError if it is damaged or holds anything but tensors."""
     try:
-        with file.open("rb") as stream:
-            is_zip = stream.read(4) == b"PK\x03\x04"  # the format before torch 1.6 cannot be memory-mapped
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise LutqError(f"{file} is damaged or not a plain state dict ({reason}): download it again") from error
+
+
+@functools.lru_cache(maxsize=1)
+def load_whole_bin(file: Path) -> dict[str, torch.Tensor]:
+    """`load_mapped_bin` for a file that cannot be mapped."""
+    return load_mapped_bin(file, mmap=False)
 
 
 def read_json(path: Path, otherwise: str) -> dict[str, Any]:

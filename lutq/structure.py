@@ -77,15 +77,10 @@ def read_structure(config: Any) -> Structure:
     return Structure(linears, shapes, tied, f"{model.base_model_prefix}.")
 
 
-def tensor_shapes(model: torch.nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """State-dict name -> shape, in model order; and name -> earlier name for every tensor that is tied to an earlier one."""
-    first: dict[int, str] = {}
-    shapes, tied = {}, {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        shapes[key] = tuple(tensor.shape)
-        if first.setdefault(id(tensor), key) != key:
-            tied[key] = first[id(tensor)]
-    return shapes, tied
+def tensor_shapes(model: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """State-dict name -> shape, in model order; and name -> other name for every tensor that is tied to another."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    return shapes, {key: other for key, other in model.all_tied_weights_keys.items() if key in shapes}
 
 
 def match_tensors(structure: Structure, source: Source) -> tuple[dict[str, str], list[str]]:

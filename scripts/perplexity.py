@@ -1,10 +1,11 @@
-"""Measure perplexity of methods x bits x group into `scripts/results/perplexity-NAME.json`.
+"""Measure perplexity of methods x bits x groups into `scripts/results/perplexity-NAME.json`.
 
     python scripts/perplexity.py opt-tiny --groups 128 64
-    python scripts/perplexity.py smollm2-135m --groups 128 64      # a directory, see scripts/smollm2.py
+    python scripts/perplexity.py smollm2-135m --groups 64      # a directory, see scripts/smollm2.py
 
-Protocol `gptq`, WikiText-2 test, fp32, all windows. Every figure goes through the whole path: `lutq.quantize_checkpoint`
-to a directory, `lutq.load`, `lutq.evaluate.measure`. Then `python scripts/perplexity_report.py` renews README and plot.
+Protocol `gptq`, WikiText-2 test, fp32, all windows. Every figure goes through the whole path: `lutq.quantize_checkpoint` to
+a directory, `lutq.load`, `lutq.evaluate.measure`. Rows that the file already holds from the same environment are kept, so an
+interrupted run goes on. Then `python scripts/perplexity_report.py` renews the README's table and the plot.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import datetime
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -28,17 +30,32 @@ from lutq.source import locate
 from lutq.tokens import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "rtn --no-clip": {"method": "rtn", "clip": False},
-    "rtn": {"method": "rtn", "clip": True},
+    "rtn": {"method": "rtn"},
     "rtn --symmetric": {"method": "rtn", "symmetric": True},
     "greedy": {"method": "greedy"},
-    "alternating --start greedy": {"method": "alternating", "start": "greedy"},
-    "alternating --start best": {"method": "alternating", "start": "best"},
-    "alternating --start uniform": {"method": "alternating", "start": "uniform"},
-    "alternating --start uniform --no-clip": {"method": "alternating", "start": "uniform", "clip": False},
-    "alternating --start uniform --no-offsets": {"method": "alternating", "start": "uniform", "offsets": False},
+    "alternating --start greedy": {"start": "greedy"},
+    "alternating --start uniform": {"start": "uniform"},
+    "alternating --start uniform --no-clip": {"start": "uniform", "clip": False},
+    "alternating --start uniform --no-offsets": {"start": "uniform", "offsets": False},
+    "alternating": {},
 }
+
+
+def environment(name: str, device: str) -> dict[str, str]:
+    """What the figures depend on, besides the settings of each row."""
+    return {
+        "model": name,
+        "protocol": "gptq",
+        "dataset": "WikiText-2 raw test",
+        "dtype": "float32",
+        "device": device_name(resolve_device(device)),
+        "lutq": lutq.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+    }
 
 
 def main() -> None:
@@ -51,39 +68,35 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     path, name = locate(arguments.model)
     tokenizer, text = load_tokenizer(path), load_text("wikitext2", "gptq")
+    result = environment(name, arguments.device) | {"records": []}
+    file = RESULTS / f"perplexity-{name}.json"
+    if file.exists():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        if {key: value for key, value in earlier.items() if key not in ("date", "records")}.items() <= result.items():
+            result["records"] = earlier["records"]
 
-    def perplexity(directory: Path) -> float:
-        model = load(directory, device=arguments.device, dtype="float32")
-        return measure(model, tokenizer, text, name, "gptq", progress=False).perplexity
+    def measure_row(variant: str, bits: int, group: int) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = {"bits_per_weight": 16.0, "relative_error": 0.0}
+            directory = path
+            if variant != "fp16":
+                config = QuantConfig(bits=bits, group=group, **VARIANTS[variant])
+                report = quantize_checkpoint(path, Path(folder) / "out", config, device=arguments.device)
+                figures = {"bits_per_weight": bits_per_weight(report.layers), "relative_error": relative_error(report.layers)}
+                directory = report.out
+            model = load(directory, device=arguments.device, dtype="float32")
+            ppl = measure(model, tokenizer, text, name, "gptq", progress=False).perplexity
+        return {"variant": variant, "bits": bits, "group": group, **figures, "ppl": ppl}
 
-    records = [
-        {"variant": "fp16", "bits": 16, "group": 0, "bits_per_weight": 16.0, "relative_error": 0.0, "ppl": perplexity(path)}
-    ]
-    print(records[0])
-    for variant, settings in VARIANTS.items():
-        for group in arguments.groups:
-            for bits in arguments.bits:
-                with tempfile.TemporaryDirectory() as folder:
-                    config = QuantConfig(bits=bits, group=group, **settings)
-                    report = quantize_checkpoint(path, Path(folder) / "out", config, device=arguments.device)
-                    figures = {"bits_per_weight": bits_per_weight(report.layers), "relative_error": relative_error(report.layers)}
-                    record = {"variant": variant, "bits": bits, "group": group, **figures, "ppl": perplexity(report.out)}
-                records.append(record)
-                print(record, flush=True)
-    result = {
-        "model": name,
-        "protocol": "gptq",
-        "dataset": text.source,
-        "dtype": "float32",
-        "device": device_name(resolve_device(arguments.device)),
-        "lutq": lutq.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
-        "records": records,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"perplexity-{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    rows = [("fp16", 16, 0)]
+    rows += [(variant, bits, group) for variant in VARIANTS for group in arguments.groups for bits in arguments.bits]
+    for row in rows:
+        if row in [(record["variant"], record["bits"], record["group"]) for record in result["records"]]:
+            continue
+        result["records"].append(measure_row(*row))
+        print(result["records"][-1], flush=True)
+        RESULTS.mkdir(exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

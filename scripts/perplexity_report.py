@@ -1,0 +1,92 @@
+"""Render `scripts/results/perplexity-*.json` into the README's tables and `scripts/results/perplexity.png`.
+
+python scripts/perplexity_report.py           # needs matplotlib (extra `test`)
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results"
+BEGIN, END = "<!-- perplexity: written by scripts/perplexity_report.py -->", "<!-- end of perplexity -->"
+
+
+def read_results() -> list[dict[str, Any]]:
+    """Results in order of file name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("perplexity-*.json"))]
+
+
+def number(value: float) -> str:
+    """Perplexity with as many digits as mean something."""
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}" if value < 10_000 else f"{value:.0e}".replace("e+0", "e")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One model's table: a row per variant and group, perplexity (bits per weight) per bits."""
+    records = result["records"]
+    bits = sorted({record["bits"] for record in records} - {16}, reverse=True)
+    fp16 = next(record["ppl"] for record in records if record["variant"] == "fp16")
+    lines = [
+        f"**{result['model']}**, fp16 {fp16:.2f} ({result['dataset']}, protocol `{result['protocol']}`, {result['dtype']} on an "
+        f"{result['device'].removeprefix('NVIDIA ')}, torch {result['torch']}, {result['date']}):",
+        "",
+        "| `--method` | `--group` | " + " | ".join(f"{b} bits" for b in bits) + " |",
+        "|---|---|" + "---|" * len(bits),
+    ]
+    rows: dict[tuple, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        if record["variant"] != "fp16":
+            rows.setdefault((record["variant"], record["group"]), {})[record["bits"]] = record
+    for (variant, group), cells in rows.items():
+        figures = " | ".join(
+            f"{number(cells[b]['ppl'])} ({cells[b]['bits_per_weight']:.2f})" if b in cells else "" for b in bits
+        )
+        lines.append(f"| `{variant}` | {group} | {figures} |")
+    return "\n".join(lines)
+
+
+def tables() -> str:
+    """All tables, as they stand between the README's marks."""
+    return "\n\n".join(markdown(result) for result in read_results())
+
+
+def plot(file: Path) -> None:
+    """Perplexity against bits per weight, a panel per model, a line per variant."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    results = read_results()
+    variants = dict.fromkeys(r["variant"] for result in results for r in result["records"] if r["variant"] != "fp16")
+    figure, panels = pyplot.subplots(1, len(results), figsize=(6.4 * len(results), 4.6), squeeze=False)
+    for panel, result in zip(panels[0], results, strict=True):
+        fp16 = next(record["ppl"] for record in result["records"] if record["variant"] == "fp16")
+        for variant, color in zip(variants, mpl.color_sequences["tab10"], strict=False):
+            points = [(r["bits_per_weight"], r["ppl"]) for r in result["records"] if r["variant"] == variant]
+            points = sorted(point for point in points if point[1] < 40 * fp16)
+            width = 2.5 if variant == "alternating" else 1
+            panel.plot([x for x, _ in points], [y for _, y in points], "o-", ms=4, lw=width, label=variant, color=color)
+        panel.axhline(fp16, color="gray", linestyle=":", label="fp16")
+        panel.set(yscale="log", xlabel="bits per weight, scales and offsets included", ylabel="perplexity, WikiText-2 test")
+        panel.yaxis.set_major_formatter("{x:.0f}")
+        panel.yaxis.set_minor_formatter("{x:.0f}")
+        panel.set_title(result["model"])
+        panel.grid(visible=True, which="both", alpha=0.25)
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    readme.write_text(pattern.sub(lambda _: f"{BEGIN}\n{tables()}\n{END}", text), encoding="utf-8")
+    plot(RESULTS / "perplexity.png")
+
+
+if __name__ == "__main__":
+    main()
