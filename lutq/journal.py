@@ -19,10 +19,14 @@ from lutq.errors import LutqError
 NAME = "lutq-progress.jsonl"
 
 
+class StaleRunError(LutqError):
+    """An unfinished run cannot be continued, because its settings or its source were others."""
+
+
 class Journal:
     """An open journal in `folder`; `records` are the units that earlier runs finished.
 
-    Raises LutqError when another process is at work there, or when the unfinished run had another identity.
+    Raises LutqError when another process is at work there, StaleRunError when the unfinished run had another identity.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], remedy: str) -> None:
@@ -47,7 +51,7 @@ class Journal:
         changed = differences(lines[0], json.loads(json.dumps(identity)))
         if changed:
             self.close()
-            raise LutqError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}): {remedy}")
+            raise StaleRunError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}): {remedy}")
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a record so that it survives a crash."""
@@ -56,11 +60,11 @@ class Journal:
         os.fsync(self._stream.fileno())
 
     def check(self, record: dict[str, Any], tensor: torch.Tensor) -> None:
-        """Raise LutqError unless `tensor` is what the record's unit was made from."""
+        """Raise StaleRunError unless `tensor` is what the record's unit was made from."""
         if record["sha256"] != fingerprint(tensor):
             unit = record["unit"]
             self.close()
-            raise LutqError(f"the source changed since the unfinished run in {self.path.parent} (at {unit}): {self.remedy}")
+            raise StaleRunError(f"the source changed since the unfinished run in {self.path.parent} (at {unit}): {self.remedy}")
 
     def close(self) -> None:
         """Release the journal and its lock."""
