@@ -6,8 +6,8 @@ fp16 values (held in fp32), non-negative and in descending order, with codes tha
 * `greedy`: plane by plane, s_i = sign(residual) and scales_i = mean |residual| (Guo et al., arXiv 1706.02021, eq. 3-5;
   the offset is the mean of the group).
 * `alternating`: least squares for scales and offset with the codes fixed, then the nearest of the 2^b levels with those
-  fixed, and again (Xu et al., arXiv 1802.00150, alg. 2), from the greedy grid, from the clip-searched uniform grid in BCQ
-  form, or from both. The best iterate of each group is kept, so a round never hurts; both starts count as iterates.
+  fixed, and again (Xu et al., arXiv 1802.00150, alg. 2), from a uniform grid in BCQ form, from the greedy grid, or from
+  both. The best iterate of each group is kept, starts included, so a round never hurts.
 """
 
 from typing import NamedTuple
@@ -118,13 +118,13 @@ def greedy(w: torch.Tensor, bits: int, has_offsets: bool) -> Bcq:
     return Bcq(torch.stack(planes), scales, offsets)
 
 
-def starts(w: torch.Tensor, bits: int, has_offsets: bool, start: str, clip: bool) -> list[tuple]:
-    """Initial grids (scales [b, R], offsets [R] or None) in fp32 for `start`: greedy, uniform, or best (both)."""
+def starts(w: torch.Tensor, bits: int, has_offsets: bool, start: str) -> list[tuple]:
+    """Initial grids (scales [b, R], offsets [R] or None) in fp32 for `start`, see `lutq.config.QuantConfig`."""
     grids = []
     if start in ("best", "greedy"):
         grids.append(greedy_grid(w, bits, has_offsets))
-    if start in ("best", "uniform"):
-        scales, offsets = uniform.bcq_grid(uniform.rtn(w, bits, symmetric=not has_offsets, clip=clip), bits)
+    if start != "greedy":
+        scales, offsets = uniform.bcq_grid(uniform.rtn(w, bits, symmetric=not has_offsets, clip=start != "range"), bits)
         grids.append((scales, offsets if has_offsets else None))
     return grids
 
@@ -133,8 +133,7 @@ def alternating(
     w: torch.Tensor,
     bits: int,
     has_offsets: bool,
-    start: str = "best",
-    clip: bool = True,
+    start: str = "range",
     iterations: int = 15,
     tolerance: float = 1e-3,
 ) -> Bcq:
@@ -144,7 +143,7 @@ def alternating(
     """
     best: Bcq | None = None
     best_error = torch.full_like(w[:, 0], torch.inf)
-    for scales, offsets in starts(w, bits, has_offsets, start, clip):
+    for scales, offsets in starts(w, bits, has_offsets, start):
         previous = torch.inf
         for iteration in range(iterations + 1):
             stored_scales, stored_offsets = storable(scales, offsets)

@@ -92,7 +92,7 @@ def quantize(
     method: Annotated[Optional[str], setting("method", f"{', '.join(METHODS)}.")] = None,
     offsets: Annotated[Optional[bool], setting("offsets", "BCQ: one offset per group.", "--offsets/--no-offsets")] = None,
     symmetric: Annotated[Optional[bool], setting("symmetric", "rtn: no zero points.", "--symmetric/--asymmetric")] = None,
-    clip: Annotated[Optional[bool], setting("clip", "Uniform grids: search the clipping range.", "--clip/--no-clip")] = None,
+    clip: Annotated[Optional[bool], setting("clip", "rtn: search the clipping range.", "--clip/--no-clip")] = None,
     start: Annotated[Optional[str], setting("start", f"alternating: start from {', '.join(STARTS)}.")] = None,
     iterations: Annotated[Optional[int], setting("iterations", "alternating: rounds at most.")] = None,
     tolerance: Annotated[Optional[float], setting("tolerance", "alternating: stop when a round gains less.")] = None,

@@ -21,7 +21,7 @@ from lutq.errors import LutqError
 from lutq.paths import shipped
 
 METHODS = ("rtn", "greedy", "alternating")
-STARTS = ("best", "greedy", "uniform")
+STARTS = ("range", "uniform", "greedy", "best")
 KEEP_BITS = 16  # head_bits that leaves the output head as it is
 FORMAT_VERSION = 1
 
@@ -48,8 +48,9 @@ class QuantConfig:
     method: `rtn` (uniform grid), `greedy` or `alternating` (BCQ grid, see lutq/bcq.py).
     offsets: store one offset per group besides the scales (BCQ grids).
     symmetric: uniform grid without zero points, its levels at odd multiples of half a step.
-    clip: search the clipping range of a uniform grid by squared error; otherwise the whole range is kept.
-    start: which grid `alternating` starts from; `best` tries both and keeps, per group, the smaller squared error.
+    clip: `rtn` searches the clipping range by squared error; otherwise the whole range is kept.
+    start: which grid `alternating` starts from: the uniform grid over the whole `range`, the clip-searched `uniform` grid,
+        the `greedy` one, or `best`: the latter two, keeping per group the smaller squared error.
     iterations, tolerance: `alternating` stops after so many rounds, or when a round lowers the squared error of the rows
         at hand by less than this fraction.
     head_bits: bits of the output head, 16 keeps it as it is.
@@ -64,7 +65,7 @@ class QuantConfig:
     offsets: bool = True
     symmetric: bool = False
     clip: bool = True
-    start: str = "best"
+    start: str = "range"
     iterations: int = 15
     tolerance: float = 1e-3
     head_bits: int = KEEP_BITS

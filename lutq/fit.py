@@ -51,5 +51,5 @@ def fit_groups(w: torch.Tensor, bits: int, config: QuantConfig) -> tuple[torch.T
         return planes, scales[None], zero_points
     if config.method == "greedy":
         return bcq.greedy(w, bits, config.offsets)
-    search = (config.start, config.clip, config.iterations, config.tolerance)
+    search = (config.start, config.iterations, config.tolerance)
     return bcq.alternating(w, bits, config.offsets, *search)

@@ -37,8 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "greedy": {"method": "greedy"},
     "alternating --start greedy": {"start": "greedy"},
     "alternating --start uniform": {"start": "uniform"},
-    "alternating --start uniform --no-clip": {"start": "uniform", "clip": False},
     "alternating --start uniform --no-offsets": {"start": "uniform", "offsets": False},
+    "alternating --start best": {"start": "best"},
     "alternating": {},
 }
 

@@ -40,9 +40,7 @@ def markdown(result: dict[str, Any]) -> str:
         if record["variant"] != "fp16":
             rows.setdefault((record["variant"], record["group"]), {})[record["bits"]] = record
     for (variant, group), cells in rows.items():
-        figures = " | ".join(
-            f"{number(cells[b]['ppl'])} ({cells[b]['bits_per_weight']:.2f})" if b in cells else "" for b in bits
-        )
+        figures = " | ".join(f"{number(cells[b]['ppl'])} ({cells[b]['bits_per_weight']:.2f})" if b in cells else "" for b in bits)
         lines.append(f"| `{variant}` | {group} | {figures} |")
     return "\n".join(lines)
 
