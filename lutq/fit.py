@@ -10,7 +10,7 @@ from lutq import bcq, uniform
 from lutq.config import LayerConfig, QuantConfig
 from lutq.pack import Packed, group_size, pack_bits
 
-CHUNK = {"cpu": 1 << 21, "cuda": 1 << 24}  # weights at a time; a fit needs about 100 bytes for each
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights at a time; a fit needs about 100 bytes for each
 
 
 def fit(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed:

@@ -28,6 +28,7 @@ from lutq.runtime import free_memory, out_of_memory, peak_memory, resolve_device
 from lutq.shards import SHARD_BYTES, ShardWriter, disk_error
 from lutq.source import Source
 from lutq.structure import Structure, read_structure
+from lutq.uniform import LARGEST_SCALE
 
 TOKENIZER_FILES = ("token*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "spiece.model")
 OTHER_FILES = ("chat_template*", "sentencepiece*", "preprocessor_config.json", "generation_config.json", "LICENSE*", "NOTICE*")
@@ -199,9 +200,9 @@ def process(unit: Unit, tensor: torch.Tensor, job: Job, writer: ShardWriter) -> 
         return {}
     with out_of_memory(lambda: memory_advice(unit, job.device)):
         W = tensor.to(job.device)
+        if W.abs().max() > LARGEST_SCALE:
+            raise LutqError(f"{unit.key} has weights beyond the {LARGEST_SCALE:.0f} of fp16 scales: skip it with an override")
         packed = fit(W, unit.layer, job.config)
-        if not torch.isfinite(packed.scales).all():
-            raise LutqError(f"{unit.key} has weights too large for fp16 scales: scale the checkpoint down, or skip this layer")
         values = dequantize(*packed, unit.layer.group, unit.layer.grid, W.shape[1])
         figures = {"error": squared_norm(W.float() - values), "norm": squared_norm(W.float())}
     for part, content in packed._asdict().items():

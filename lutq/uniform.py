@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 SHRINKS = 41  # clipping ranges tried: 1, 0.98 .. 0.2 of the whole range
-SMALLEST_SCALE = 2.0**-24  # smallest positive fp16
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16
 
 
 class Uniform(NamedTuple):
@@ -41,7 +41,7 @@ def rtn(w: torch.Tensor, bits: int, symmetric: bool = False, clip: bool = True) 
     best_error = torch.full_like(low, torch.inf)
     best_scales, best_center = torch.zeros_like(low), torch.zeros_like(low)
     for shrink in torch.linspace(1.0, 0.2, SHRINKS).tolist() if clip else [1.0]:
-        scales = ((high - low) * (shrink / steps)).half().float().clamp(min=SMALLEST_SCALE)
+        scales = ((high - low) * (shrink / steps)).clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
         center = torch.full_like(low, steps / 2) if symmetric else torch.round(-low * shrink / scales).clamp_(0, steps)
         u = round_to_grid(w, scales, center, bits)
         error = (w - scales[:, None] * (u - center[:, None])).square_().sum(1)
