@@ -159,7 +159,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if file is not None:
         from lutq.data import read_text
 
-        return read_text(str(file)).rstrip("\n")
+        return read_text(file).rstrip("\n")
     if prompt is None or prompt == "-":
         if sys.stdin.isatty():
             raise LutqError('there is no prompt: lutq generate "Once upon a time", --file FILE, or text on standard input')
@@ -202,7 +202,7 @@ def info(
     """Say what a checkpoint is, its bits per weight, and which backend would run it here."""
     from lutq.info import describe
 
-    typer.echo(describe(model, device, backend))
+    typer.echo(describe(model, device, dtype, backend))
 
 
 def main() -> None:

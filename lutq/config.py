@@ -8,7 +8,8 @@ A recipe may end with an override table, a regular expression on the module name
     [overrides."layers\\.0\\."]
     skip = true
 
-Tables are applied from top to bottom, so a later match wins key by key.
+Tables are applied from top to bottom, so a later match wins key by key. The output head takes part when its table names bits
+or `skip = false`.
 """
 
 import dataclasses
@@ -99,13 +100,15 @@ class QuantConfig:
 
     def layer(self, name: str, is_head: bool = False) -> LayerConfig | None:
         """Settings of the Linear layer called `name`, or None where it is kept as it is."""
-        skip = is_head and self.head_bits == KEEP_BITS
-        settings = {"bits": self.head_bits if is_head and not skip else self.bits, "group": self.group}
+        keep_head = is_head and self.head_bits == KEEP_BITS
+        settings = {"bits": self.head_bits if is_head and not keep_head else self.bits, "group": self.group}
+        skip = False
         for pattern, table in self.overrides.items():
             if re.search(pattern, name):
-                skip = table.get("skip", skip and "bits" not in table)
+                skip = table.get("skip", skip)
+                keep_head = keep_head and not {"bits", "skip"} & table.keys()
                 settings |= {key: value for key, value in table.items() if key != "skip"}
-        if skip:
+        if skip or keep_head:
             return None
         return LayerConfig(**settings, grid=self.grid, offsets=not self.symmetric if self.method == "rtn" else self.offsets)
 
@@ -152,7 +155,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     Raises LutqError for a file that is missing, is not TOML, or has an unknown key.
     """
     path = Path(recipe)
-    if not path.is_file():
+    if not path.is_file() and path.parent in (Path(), Path("configs")) and path.suffix in ("", ".toml"):
         path = shipped("configs") / f"{path.stem}.toml"
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in shipped("configs").glob("*.toml")))

@@ -37,7 +37,9 @@ def load_text(name: str, protocol: str) -> Text:
         files = {"test": "penn_treebank/test/0000.parquet"}
         rows = fetch("ptb-text-only/ptb_text_only", split="test", data_files=files, revision="refs/convert/parquet")
         return Text(" ".join(rows["sentence"]), "ptb-text-only/ptb_text_only test")
-    return Text(read_text(name), name)
+    if not Path(name).is_file():
+        raise LutqError(f"unknown dataset {name!r}: use {', '.join(NAMES)} or the path of a text file")
+    return Text(read_text(Path(name)), name)
 
 
 def wikitext_rows(text: str) -> list[str]:
@@ -45,17 +47,16 @@ def wikitext_rows(text: str) -> list[str]:
     return [line + "\n" if line.strip() else "" for line in text.split("\n")[:-1]]
 
 
-def read_text(name: str) -> str:
+def read_text(path: Path) -> str:
     """The UTF-8 text of a file, unchanged. Raises LutqError with the remedy."""
-    path = Path(name)
     if not path.is_file():
-        raise LutqError(f"unknown dataset {name!r}: use {', '.join(NAMES)} or the path of a text file")
+        raise LutqError(f"there is no file {path}: give the path of a text file")
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise LutqError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from error
+        raise LutqError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from error
     if not text.strip():
-        raise LutqError(f"{name} is empty: give a text to measure")
+        raise LutqError(f"{path} is empty: give a file with some text")
     return text
 
 

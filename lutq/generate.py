@@ -27,9 +27,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("max_new_tokens", 1, 10**9), ("temperature", 0, 100), ("top_k", 0, 10**9)):
-            if not low <= getattr(self, name) <= high:
+        for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+            if not getattr(self, name) >= low:
                 raise LutqError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**64:
+            raise LutqError(f"seed must be at least 0 and less than 2**64, not {self.seed}")
         if not 0 < self.top_p <= 1:
             raise LutqError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if not self.repetition_penalty > 0:

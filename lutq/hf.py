@@ -16,15 +16,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lutq.config import FORMAT_VERSION, LayerConfig
+from lutq.config import FORMAT_VERSION, LayerConfig, check_bits, check_group
 from lutq.errors import LutqError
 from lutq.linear import LutLinear
 from lutq.ops import choose_backend
 from lutq.pack import Packed
 from lutq.runtime import free_memory, out_of_memory, resolve_device, resolve_dtype, size
-from lutq.shards import DTYPES_BY_NAME
-from lutq.source import Source, load_config, locate, open_safetensors, read_json, shard_files
-from lutq.source import tensor_shapes as source_shapes
+from lutq.shards import Spec
+from lutq.source import Source, load_config, locate, read_json, shard_files, tensor_specs
 from lutq.structure import match_tensors, read_structure, skeleton, tensor_shapes
 
 
@@ -60,11 +59,14 @@ class LutqConfig(QuantizationConfigMixin):
         """Module name -> how it is stored. Raises LutqError for fields that this version does not know."""
         try:
             layers = {name: LayerConfig(**fields) for name, fields in self.modules.items()}
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise LutqError(f"quantization_config.modules is not as lutq writes it ({error}): quantize again") from error
         for name, layer in layers.items():
-            if layer.grid not in ("bcq", "uniform") or layer.bits not in (1, 2, 3, 4) or layer.group % 32:
-                raise LutqError(f"quantization_config.modules.{name} has values this version does not know: {layer._asdict()}")
+            where = f"quantization_config.modules.{name}"
+            check_bits(layer.bits, f"{where}.bits")
+            check_group(layer.group, f"{where}.group")
+            if layer.grid not in ("bcq", "uniform") or type(layer.offsets) is not bool:
+                raise LutqError(f"{where} has values this version does not know: {layer._asdict()}: pip install --upgrade lutq")
         return layers
 
 
@@ -136,17 +138,29 @@ def check_tensors(model: torch.nn.Module, quantization: LutqConfig, files: list[
 
     Headers are compared only; transformers itself checks neither the shapes of a quantized model nor leftovers.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, Spec] = {}
     for file in files:
-        found |= source_shapes(file)
+        found |= tensor_specs(file)
+    state = model.state_dict()
     wanted, tied = tensor_shapes(model)
     for key, shape in wanted.items():
-        if key not in tied and found.get(key) != shape:
-            have = f"has shape {list(found[key])} there" if key in found else "is missing"
-            raise LutqError(f"config.json asks for {key} of shape {list(shape)}, but it {have}: copy or quantize the model again")
+        if key in tied:
+            continue
+        packed = key.rpartition(".")[2] in Packed._fields
+        want = Spec(shape, state[key].dtype if packed or key not in found else found[key].dtype)
+        if found.get(key) != want:
+            have = f"has shape {describe(found[key])} there" if key in found else "is missing"
+            raise LutqError(
+                f"config.json asks for {key} of shape {describe(want)}, but it {have}: copy or quantize the model again"
+            )
     unknown = sorted(set(found) - set(wanted) - {quantization.guard})
     if unknown:
         raise LutqError(f"{unknown[0]} is not a tensor this version of lutq knows: pip install --upgrade lutq")
+
+
+def describe(spec: Spec) -> str:
+    """Shape and dtype in words, such as `[3, 4] in float16`."""
+    return f"{list(spec.shape)} in {str(spec.dtype).removeprefix('torch.')}"
 
 
 def load(
@@ -168,7 +182,7 @@ def load(
     quantization = check_checkpoint(path)
     place = resolve_device(device)
     config = load_config(path)
-    dtype = resolve_dtype(dtype, torch.float32 if place.type == "cpu" else config.dtype or torch.float16)
+    dtype = load_dtype(dtype, place, config)
     choose_backend(backend, place.type)
     if "device_map" not in options:
         needed = model_bytes(path, dtype)
@@ -191,6 +205,11 @@ def load(
             if isinstance(module, LutLinear):
                 module.backend = backend
     return loaded.eval()
+
+
+def load_dtype(dtype: str | torch.dtype, device: torch.device, config: Any) -> torch.dtype:
+    """The dtype of --dtype: auto is float32 on the CPU and the checkpoint's own on a GPU. Raises LutqError."""
+    return resolve_dtype(dtype, torch.float32 if device.type == "cpu" else config.dtype or torch.float16)
 
 
 def existing(model: str | Path) -> str | Path:
@@ -234,11 +253,9 @@ def model_bytes(path: Path, dtype: torch.dtype) -> int:
         return sum(file.stat().st_size for file in path.glob("pytorch_model*.bin"))
     total = 0
     for file in files:
-        handle = open_safetensors(file)
-        for key in handle.keys():  # noqa: SIM118, a safetensors handle is not a dict
+        for key, spec in tensor_specs(file).items():
             packed = key.rpartition(".")[2] in Packed._fields
-            itemsize = DTYPES_BY_NAME[handle.get_slice(key).get_dtype()].itemsize if packed else dtype.itemsize
-            total += torch.Size(handle.get_slice(key).get_shape()).numel() * itemsize
+            total += spec.nbytes if packed else Spec(spec.shape, dtype).nbytes
     return total
 
 

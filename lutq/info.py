@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from lutq.hf import check_checkpoint, existing
+from lutq.hf import check_checkpoint, existing, load_dtype
 from lutq.ops import choose_backend
 from lutq.pack import packed_shapes
 from lutq.report import LayerReport, bits_per_weight, by_kind, table
@@ -13,13 +13,14 @@ from lutq.source import load_config, locate
 from lutq.structure import read_structure
 
 
-def describe(model: str | Path, device: str | None = None, backend: str = "auto") -> str:
+def describe(model: str | Path, device: str | None = None, dtype: str = "auto", backend: str = "auto") -> str:
     """The text of `lutq info`. Raises LutqError for what is no complete checkpoint."""
     path, name = locate(existing(model))
     quantization = check_checkpoint(path)
     config = load_config(path)
     structure = read_structure(config)
     place = resolve_device(device)
+    activations = load_dtype(dtype, place, config)
     parameters = sum(torch.Size(shape).numel() for key, shape in structure.tensors.items() if key not in structure.tied)
     stored = sum(file.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern))
     architecture = config.architectures[0] if config.architectures else config.model_type
@@ -60,6 +61,6 @@ def describe(model: str | Path, device: str | None = None, backend: str = "auto"
         "",
         table(("layer", "count", "bits", "group", "grid", "offsets", "bits/weight"), body),
         "",
-        f"would run here on {device_name(place)} with backend {backend_name}: {why}",
+        f"would run here on {device_name(place)} in {str(activations).removeprefix('torch.')} with backend {backend_name}: {why}",
     ]
     return "\n".join(lines)

@@ -31,6 +31,7 @@ class Journal:
 
     def __init__(self, folder: Path, identity: dict[str, Any], remedy: str) -> None:
         self.path, self.remedy = folder / NAME, remedy
+        identity = json.loads(json.dumps(identity))
         self._stream = self.path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,7 +49,7 @@ class Journal:
         elif whole != text:
             self._stream.truncate(len(whole.encode()))
         self.records: list[dict[str, Any]] = lines[1:]
-        changed = differences(lines[0], json.loads(json.dumps(identity)))
+        changed = differences(lines[0], identity)
         if changed:
             self.close()
             raise StaleRunError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}): {remedy}")
@@ -78,8 +79,9 @@ def fingerprint(tensor: torch.Tensor) -> str:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ, as `key: old -> new`."""
+    """Where two JSON values differ, as `key: old -> new`; the order of keys counts (it does in an override table)."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(set(old) | set(new))
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+        found = [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+        return found or ([f"{path}: another order"] if list(old) != list(new) else [])
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

@@ -7,6 +7,7 @@ import torch
 
 import lutq.ops  # noqa: F401, defines torch.ops.lutq.linear
 from lutq.config import LayerConfig
+from lutq.errors import LutqError
 from lutq.pack import Packed, dequantize, packed_shapes
 
 
@@ -48,7 +49,9 @@ class LutLinear(torch.nn.Module):
         return module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [..., K] to y [..., N]."""
+        """Map x [..., K] to y [..., N]. Raises LutqError for an x of another width."""
+        if x.shape[-1] != self.in_features:
+            raise LutqError(f"x has {x.shape[-1]} features and this layer takes {self.in_features}: check the model's config")
         tensors = (self.codes, self.scales, self.offsets, self.zero_points, self.bias)
         return torch.ops.lutq.linear(x, *tensors, self.layer.group, self.layer.grid, self.backend)
 

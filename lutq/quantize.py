@@ -8,6 +8,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lutq.card import model_card
 from lutq.config import FORMAT_VERSION, QuantConfig
 from lutq.errors import LutqError
 from lutq.fit import CHUNK, fit
-from lutq.journal import Journal, StaleRunError, fingerprint
+from lutq.journal import NAME, Journal, StaleRunError, fingerprint
 from lutq.pack import dequantize
 from lutq.plan import Plan, Unit, outputs, plan
 from lutq.report import LayerReport, Report, relative_error
@@ -37,7 +38,7 @@ RESUME_OR_OVERWRITE = "run it with those settings to go on, or add --overwrite t
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything about one run; `partial` is the directory that becomes `out`."""
+    """Everything about one run; `partial` is the directory that becomes `out`, which the user called `shown`."""
 
     source: Source
     structure: Structure
@@ -47,6 +48,7 @@ class Job:
     shard_bytes: int
     out: Path
     partial: Path
+    shown: Path
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for an unfinished run to be continued."""
@@ -77,14 +79,16 @@ def quantize_checkpoint(
     earlier output, and drop an unfinished run of other settings. shard_bytes: size limit of one output file.
     Raises LutqError for bad input; an interrupted run goes on when it is called again.
     """
-    source, config, out = Source(model), config or QuantConfig(), Path(out)
+    if Path(out).name in ("", ".."):
+        raise LutqError(f"--out {str(out)!r} has no name of its own: give a directory to create, such as lutq-out")
+    source, config, shown, out = Source(model), config or QuantConfig(), Path(out), Path(out).resolve()
     check_out(out, overwrite)
     own = source.config.dtype
     kept_dtype = resolve_dtype(dtype, own if own in (torch.float16, torch.bfloat16) else torch.float16)
     structure = read_structure(source.config)
     todo = plan(source, structure, config, kept_dtype)
     partial = out.with_name(out.name + ".partial")
-    job = Job(source, structure, todo, config, resolve_device(device), shard_bytes, out, partial)
+    job = Job(source, structure, todo, config, resolve_device(device), shard_bytes, out, partial, shown)
     try:
         return complete(job)
     except StaleRunError:
@@ -117,6 +121,8 @@ def complete(job: Job) -> Report:
     """Do what is left of a job, and give the result its name. Raises StaleRunError when what there is belongs to another job."""
     begin = time.perf_counter()
     try:
+        if job.partial.exists() and any(job.partial.iterdir()) and not (job.partial / NAME).exists():
+            raise LutqError(f"{job.partial} is not an unfinished run of lutq quantize: move it away, or give another --out")
         job.partial.mkdir(parents=True, exist_ok=True)
         journal = Journal(job.partial, job.identity(), RESUME_OR_OVERWRITE)
     except OSError as error:
@@ -126,7 +132,7 @@ def complete(job: Job) -> Report:
         shapes = [shape for key, shape in job.structure.tensors.items() if key not in job.structure.tied]
         report = Report(
             source=job.source.name,
-            out=job.out,
+            out=job.shown,
             config=job.config,
             layers=layers,
             kept=job.todo.kept,
@@ -257,11 +263,9 @@ def finish(job: Job, report: Report) -> None:
 
 def publish(partial: Path, out: Path) -> None:
     """Give the finished directory its name; an earlier output disappears only then."""
-    old = out.with_name(out.name + ".old")
-    if out.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        out.replace(old)
-    partial.replace(out)
-    if old.exists():
-        shutil.rmtree(old)
+    if not out.exists():
+        partial.replace(out)
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as bin_:
+        out.replace(Path(bin_) / out.name)
+        partial.replace(out)

@@ -10,7 +10,7 @@ import json
 import os
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -97,12 +97,16 @@ class ShardWriter:
         try:
             stream = self._switch_to(number)
             stream.seek(len(self._headers[number]) + self._place[name])
-            data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            while data:  # an unbuffered write may take a part only
-                data = data[stream.write(data) :]
+            self._write_all(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
             self._waiting[number].discard(name)
         except OSError as error:
             raise disk_error(error, self.folder) from error
+
+    def _write_all(self, content: Any) -> None:
+        """Write at the open shard's position; an unbuffered write may take a part only."""
+        data = memoryview(content)
+        while data:
+            data = data[self._stream.write(data) :]
 
     def flush(self) -> None:
         """Make everything written so far survive a crash, and give finished shards their name."""
@@ -122,12 +126,13 @@ class ShardWriter:
             path, finished = self._unfinished(number), self.folder / self.files[number]
             if finished.exists():  # a crash came between its last tensor and the caller's own record of it
                 path = finished
-            elif not path.exists():
-                names = self._shards[number]
-                with path.open("wb") as stream:
-                    stream.write(self._headers[number])
-                    stream.truncate(len(self._headers[number]) + sum(self.specs[name].nbytes for name in names))
+            path.touch()
             self._stream, self._current = path.open("r+b", buffering=0), number
+            header = self._headers[number]
+            if self._stream.read(len(header)) != header:  # new, or a crash came before all of it was there
+                self._stream.seek(0)
+                self._write_all(header)
+            self._stream.truncate(len(header) + sum(self.specs[name].nbytes for name in self._shards[number]))
         return self._stream
 
     def _finish(self, number: int) -> None:

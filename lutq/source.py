@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from lutq.errors import LutqError
 from lutq.paths import ASSETS
+from lutq.shards import DTYPES_BY_NAME, Spec
 
 EMBEDDED = "opt-tiny"
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
@@ -74,8 +75,8 @@ class Source:
         self._where: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in self._files:
-            for key, shape in tensor_shapes(file).items():
-                self._where[key], self._shapes[key] = file, shape
+            for key, spec in tensor_specs(file).items():
+                self._where[key], self._shapes[key] = file, spec.shape
 
     @property
     def keys(self) -> list[str]:
@@ -113,8 +114,10 @@ class Source:
 
 def shard_files(path: Path, index_name: str) -> list[Path]:
     """Files that an index names, all of which must exist."""
-    index = read_json(path / index_name, "has no index of its shards")
-    names = sorted(set(index.get("weight_map", {}).values()))
+    weight_map = read_json(path / index_name, "has no index of its shards").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise LutqError(f"{path / index_name} has no weight_map of names to files: download it again")
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (path / name).is_file()]
     if missing or not names:
         raise LutqError(f"{path} lacks the shard {missing[0] if missing else 'list'} that {index_name} names: copy it again")
@@ -129,12 +132,16 @@ def open_safetensors(file: Path) -> Any:
         raise LutqError(f"{file} is damaged or cut short ({error}): download it again") from error
 
 
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape of everything in a weight file. Raises LutqError if it is damaged."""
+def tensor_specs(file: Path) -> dict[str, Spec]:
+    """Tensor name -> shape and dtype of everything in a weight file. Raises LutqError if it is damaged."""
     if file.suffix == ".bin":
-        return {key: tuple(tensor.shape) for key, tensor in load_bin(file).items()}
+        return {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in load_bin(file).items()}
     handle = open_safetensors(file)
-    return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118, the handle is not a dict
+    slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118, the handle is not a dict
+    unknown = sorted(key for key, part in slices.items() if part.get_dtype() not in DTYPES_BY_NAME)
+    if unknown:
+        raise LutqError(f"{file}: {unknown[0]} has dtype {slices[unknown[0]].get_dtype()}: give a checkpoint of 16 or 32 bits")
+    return {key: Spec(tuple(part.get_shape()), DTYPES_BY_NAME[part.get_dtype()]) for key, part in slices.items()}
 
 
 def load_bin(file: Path) -> dict[str, torch.Tensor]:
@@ -144,21 +151,24 @@ def load_bin(file: Path) -> dict[str, torch.Tensor]:
     """
     with file.open("rb") as stream:
         is_mappable = stream.read(4) == b"PK\x03\x04"
-    return load_mapped_bin(file) if is_mappable else load_whole_bin(file)
+    return load_mapped_bin(file) if is_mappable else load_whole_bin(file, file.stat().st_mtime_ns)
 
 
 def load_mapped_bin(file: Path, mmap: bool = True) -> dict[str, torch.Tensor]:
     """The state dict in a file. Raises LutqError if it is damaged or holds anything but tensors."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise LutqError(f"{file} is damaged or not a plain state dict ({reason}): download it again") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise LutqError(f"{file} is not a plain state dict of tensors: give a checkpoint as transformers saves it")
+    return state
 
 
 @functools.lru_cache(maxsize=1)
-def load_whole_bin(file: Path) -> dict[str, torch.Tensor]:
-    """`load_mapped_bin` for a file that cannot be mapped."""
+def load_whole_bin(file: Path, changed: int) -> dict[str, torch.Tensor]:
+    """`load_mapped_bin` for a file that cannot be mapped and was changed at this time (ns)."""
     return load_mapped_bin(file, mmap=False)
 
 
@@ -181,8 +191,8 @@ def load_config(path: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:
+        reason = " ".join(str(error).split())
         raise LutqError(
             f"transformers cannot read {path / 'config.json'} ({reason}): correct it or update transformers"
         ) from error

@@ -36,11 +36,13 @@ def skeleton(config: Any) -> torch.nn.Module:
     """The causal language model of a transformers config on the meta device. Raises LutqError where there is none."""
     from transformers import AutoModelForCausalLM
 
+    if config.is_encoder_decoder or not getattr(config, "is_decoder", True):
+        raise LutqError(f"model type {config.model_type!r} is no decoder: {REMEDY}")
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
         raise LutqError(f"model type {config.model_type!r} is not a causal language model here ({reason}): {REMEDY}") from error
 
 
