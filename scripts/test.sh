@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 bash scripts/install.sh test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest "$@"
+# two processes of one thread each: threads of several processes on few cores get in each other's way
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
