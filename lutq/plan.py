@@ -51,7 +51,7 @@ def plan(source: Source, structure: Structure, config: QuantConfig, dtype: torch
             unit = Unit(module, names[key], shape, chosen[module])
             for part, (part_shape, part_dtype) in packed_shapes(*shape, chosen[module]).items():
                 specs[f"{module}.{part}"] = Spec(part_shape, part_dtype)
-        elif key in structure.tied and structure.tied[key].removesuffix(".weight") not in chosen:
+        elif key in structure.tied:
             continue
         else:
             unit = Unit(key, names[key], shape, None)

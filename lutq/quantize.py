@@ -144,8 +144,8 @@ def complete(job: Job) -> Report:
             peak=peak_memory(job.device),
         )
         finish(job, report)
-        journal.path.unlink()
         publish(job.partial, job.out)
+        (job.out / NAME).unlink()
     except OSError as error:
         raise disk_error(error, job.partial) from error
     finally:
@@ -266,6 +266,11 @@ def publish(partial: Path, out: Path) -> None:
     if not out.exists():
         partial.replace(out)
         return
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as bin_:
-        out.replace(Path(bin_) / out.name)
-        partial.replace(out)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as aside:
+        earlier = Path(aside) / out.name
+        out.replace(earlier)
+        try:
+            partial.replace(out)
+        except OSError:
+            earlier.replace(out)
+            raise

@@ -199,21 +199,38 @@ def test_failed_overwrite_keeps_the_earlier_output(tiny, tmp_path, monkeypatch):
     assert contents(out) == before
 
 
-def test_failed_rename_keeps_the_earlier_output(tiny, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    quantize_checkpoint(tiny("opt"), out, CHEAP)
-    before, replace = contents(out), Path.replace
+def run_without_rename(source, out, config, **options):
+    """A run whose finished directory cannot be given its name."""
+    replace = Path.replace
 
     def fail(path, target):
         if path.name == "out.partial":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return replace(path, target)
 
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="Input/output error"):
-        quantize_checkpoint(tiny("opt"), out, QuantConfig(bits=1, method="greedy"), overwrite=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            quantize_checkpoint(source, out, config, **options)
+
+
+def test_failed_rename_keeps_the_earlier_output(tiny, tmp_path):
+    out = tmp_path / "out"
+    quantize_checkpoint(tiny("opt"), out, CHEAP)
+    before = contents(out)
+    run_without_rename(tiny("opt"), out, QuantConfig(bits=1, method="greedy"), overwrite=True)
     assert out.is_dir(), f"the earlier output is gone and the new one has no name: {sorted(tmp_path.iterdir())}"
     assert contents(out) == before
+
+
+def test_run_stopped_before_the_rename_goes_on(tiny, tmp_path):
+    # as a crash at the very end would leave it
+    out = tmp_path / "out"
+    run_without_rename(tiny("opt"), out, CHEAP)
+    quantize_checkpoint(tiny("opt"), out, CHEAP)
+    quantize_checkpoint(tiny("opt"), tmp_path / "whole", CHEAP)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"], "something was left behind"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
