@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 from lutq.errors import LutqError
 from lutq.paths import ASSETS
 
-C4_DOCUMENTS = 1100  # as many validation documents as the GPTQ code takes
+C4_DOCUMENTS, C4_WINDOWS = 1100, 256  # as many validation documents, and windows of them, as the GPTQ code takes
 NAMES = ("wikitext2", "c4", "ptb")
 
 
 class Text(NamedTuple):
-    """A text and where it came from, in words."""
+    """A text, where it came from in words, and how many windows of it are measured at most (None: all)."""
 
     text: str
     source: str
+    windows: int | None = None
 
 
 def load_text(name: str, protocol: str) -> Text:
@@ -32,7 +33,7 @@ def load_text(name: str, protocol: str) -> Text:
     if name == "c4":
         files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
         rows = fetch("allenai/c4", split="validation", data_files=files)
-        return Text(" ".join(rows[:C4_DOCUMENTS]["text"]), f"allenai/c4 validation, first {C4_DOCUMENTS} documents")
+        return Text(" ".join(rows[:C4_DOCUMENTS]["text"]), f"allenai/c4 validation, first {C4_DOCUMENTS} documents", C4_WINDOWS)
     if name == "ptb":  # the dataset's own script is no longer run by `datasets`; the hub's parquet copy is
         files = {"test": "penn_treebank/test/0000.parquet"}
         rows = fetch("ptb-text-only/ptb_text_only", split="test", data_files=files, revision="refs/convert/parquet")

@@ -33,13 +33,16 @@ LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits per forward pass: what fits
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """A measured perplexity and everything needed to repeat it; nll in nats per token, seconds of the forward passes."""
+    """A measured perplexity and everything needed to repeat it; nll in nats per token, seconds of the forward passes.
+
+    One window has no standard error.
+    """
 
     model: str
     dataset: str
     protocol: str
     perplexity: float
-    standard_error: float
+    standard_error: float | None
     nll: float
     window: int
     windows: int
@@ -54,8 +57,9 @@ class Perplexity:
 
     def summary(self) -> str:
         """One line for people."""
+        error = "" if self.standard_error is None else f" +- {self.standard_error:.2f}"
         return (
-            f"{self.model}: perplexity {self.perplexity:.2f} +- {self.standard_error:.2f} "
+            f"{self.model}: perplexity {self.perplexity:.2f}{error} "
             f"({self.windows} windows of {self.window}, protocol {self.protocol}, {self.dtype} on {self.device}, "
             f"{self.tokens_per_second:,.0f} tokens/s)"
         )
@@ -119,7 +123,7 @@ def measure(
 
     window = window_of(protocol, getattr(model.config, "max_position_embeddings", None))
     tokens = torch.tensor(tokenizer(text.text, verbose=False).input_ids, dtype=torch.int64)
-    windows = windows_of(tokens, window, max_windows)
+    windows = windows_of(tokens, window, min(filter(None, (max_windows, text.windows)), default=None))
     begin = time.perf_counter()
     with out_of_memory(lambda: f"windows of {window} tokens are too long here: use --protocol context-{window // 2}"):
         losses = window_nll(model, windows, progress)
@@ -127,15 +131,16 @@ def measure(
     nll = losses.mean().item()
     if not math.isfinite(nll):
         raise LutqError(f"{name} gives NaN or infinite losses in {model.dtype}: try --dtype bfloat16 or float32")
-    spread = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+    perplexity = math.exp(min(nll, 700))
+    spread = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else None
     quantized = next((module for module in model.modules() if isinstance(module, LutLinear)), None)
     bos = getattr(tokenizer, "bos_token_id", None)
     return Perplexity(
         model=name,
         dataset=text.source,
         protocol=protocol,
-        perplexity=math.exp(min(nll, 700)),
-        standard_error=math.exp(min(nll, 700)) * spread,
+        perplexity=perplexity,
+        standard_error=None if spread is None else perplexity * spread,
         nll=nll,
         window=window,
         windows=len(windows),

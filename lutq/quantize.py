@@ -32,7 +32,15 @@ from lutq.structure import Structure, read_structure
 from lutq.uniform import LARGEST_SCALE
 
 TOKENIZER_FILES = ("token*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "spiece.model")
-OTHER_FILES = ("chat_template*", "sentencepiece*", "preprocessor_config.json", "generation_config.json", "LICENSE*", "NOTICE*")
+OTHER_FILES = (
+    "chat_template*",
+    "additional_chat_templates",
+    "sentencepiece*",
+    "preprocessor_config.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 RESUME_OR_OVERWRITE = "run it with those settings to go on, or add --overwrite to start again"
 
 
@@ -158,7 +166,10 @@ def run(job: Job, journal: Journal) -> list[LayerReport]:
     units, specs = job.todo.units, job.todo.specs
     done = {record["unit"]: record for record in journal.records}
     written = {name for unit in units if unit.name in done for name in outputs(unit, specs)}
-    writer = ShardWriter(job.partial, specs, written, job.shard_bytes)
+    try:
+        writer = ShardWriter(job.partial, specs, written, job.shard_bytes)
+    except FileNotFoundError as error:
+        raise StaleRunError(f"{error.filename} is gone from the unfinished run: {RESUME_OR_OVERWRITE}") from error
     needed, free = sum(spec.nbytes for name, spec in specs.items() if name not in written), shutil.disk_usage(job.partial).free
     if needed > free:
         raise LutqError(

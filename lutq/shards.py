@@ -48,7 +48,8 @@ class ShardWriter:
     """Writes the tensors of `specs` (name -> Spec, in the order they will come) into shards of at most `limit` bytes.
 
     A tensor larger than `limit` gets a shard of its own. `written` are tensors that an earlier run has put in place.
-    Raises LutqError when the disk is full; what was written stays usable.
+    Raises FileNotFoundError when a shard with written tensors is gone, and LutqError when the disk is full; what was written
+    stays usable.
     """
 
     def __init__(self, folder: Path, specs: dict[str, Spec], written: set[str], limit: int = SHARD_BYTES) -> None:
@@ -73,7 +74,10 @@ class ShardWriter:
         self._stream: FileIO | None = None
         self._current = -1
         for number, waiting in enumerate(self._waiting):
-            if not waiting and not (folder / self.files[number]).is_file():
+            files = (folder / self.files[number], self._unfinished(number))
+            if len(waiting) < len(shards[number]) and not any(file.is_file() for file in files):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(files[0]))
+            if not waiting:
                 self._finish(number)
 
     def _layout(self, names: list[str]) -> bytes:

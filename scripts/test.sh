@@ -5,5 +5,8 @@ cd "$(dirname "$0")/.."
 bash scripts/install.sh test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# two processes of one thread each: threads of several processes on few cores get in each other's way
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# Two processes of one thread each: threads of several processes on few cores get in each other's way.
+CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+if [ $# = 0 ] && nvidia-smi >/dev/null 2>&1; then
+  .venv/bin/python -m pytest tests/gpu
+fi

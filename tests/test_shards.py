@@ -460,3 +460,12 @@ def test_writes_that_take_a_part_only(tmp_path, monkeypatch, limit):
         patch.setattr(Path, "open", opened)
         write_all(folder, PLAN, limit=limit)
     assert contents(folder) == expected, f"{limit=}"
+
+
+def test_a_shard_with_written_tensors_that_is_gone(tmp_path):
+    writer = ShardWriter(tmp_path, specs_of(PLAN), set())
+    writer.write("a.codes", PLAN["a.codes"])
+    writer.close()
+    (tmp_path / "model.safetensors.unfinished").unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        ShardWriter(tmp_path, specs_of(PLAN), {"a.codes"})
