@@ -1,7 +1,7 @@
 """From one weight matrix and its settings to its packed form: `fit(W, layer, config) -> Packed`.
 
-Rows are taken in chunks of bounded memory and cut into groups; a short last group is fitted on its own. Groups do not
-depend on each other, and the chunk size depends on the device only, so a matrix always gives the same codes on a device.
+Rows are taken in chunks of bounded memory and cut into groups; a short last group is fitted on its own. The chunk size,
+over which `alternating` decides when to stop, depends on the device only: a matrix always gives the same codes on a device.
 """
 
 import torch

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from lutq.errors import LutqError
-from lutq.pack import dequantize
+from lutq.pack import dequantize, words
 
 library = torch.library.Library("lutq", "DEF")
 library.define(
@@ -55,6 +55,14 @@ def choose_backend(requested: str = "auto", device: str = "cpu") -> tuple[str, s
     return requested, "as asked"
 
 
+def check_width(x: torch.Tensor, codes: torch.Tensor) -> None:
+    """Raise LutqError unless x has as many words of inputs as the codes; LutLinear knows K and checks it exactly."""
+    if words(x.shape[-1]) != codes.shape[-1]:
+        raise LutqError(
+            f"x has {x.shape[-1]} features and the weight has {codes.shape[-1]} words of 32: check the model's config"
+        )
+
+
 def linear(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -67,12 +75,14 @@ def linear(
     backend: str = "auto",
 ) -> torch.Tensor:
     """The operator's implementation: hand over to the chosen backend."""
+    check_width(x, codes)
     name, _ = choose_backend(backend, x.device.type)
     return BACKENDS[name](x, codes, scales, offsets, zero_points, bias, group, grid)
 
 
 def linear_shape(x: torch.Tensor, codes: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     """Fake kernel: the result's shape and dtype, without data."""
+    check_width(x, codes)
     return x.new_empty(*x.shape[:-1], codes.shape[1])
 
 

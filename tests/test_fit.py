@@ -59,7 +59,7 @@ def test_chunk_does_not_matter(monkeypatch, method, has_offsets, bits):
         # one round: when to stop after more of them is decided over the rows at hand
         config = settings_of(method, has_offsets, bits=bits, group=group, iterations=1)
         whole = fit(W, config.layer("x"), config)
-        for chunk in (1, 5 * K, 9 * K, N * K):  # one row at a time; 5, 5, 4; 9, 5; all at once
+        for chunk in (2 * K, 5 * K, 9 * K, N * K):  # rows two by two; 5, 5, 4; 9, 5; all at once
             with monkeypatch.context() as patch:
                 patch.setitem(lutq.fit.CHUNK, "cpu", chunk)
                 parts = fit(W, config.layer("x"), config)

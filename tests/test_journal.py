@@ -175,4 +175,4 @@ def test_fingerprint_sees_every_bit():
         seen.add(fingerprint(changed))
     seen.add(fingerprint(-tensor))  # minus zero
     assert len(seen) == 34, f"{len(seen)=}"
-    assert fingerprint(torch.empty(0)) == fingerprint(torch.empty(0, 3))
+    assert fingerprint(torch.empty(0)) != fingerprint(torch.empty(0, 3))  # the shape counts too

@@ -467,5 +467,5 @@ def test_a_shard_with_written_tensors_that_is_gone(tmp_path):
     writer.write("a.codes", PLAN["a.codes"])
     writer.close()
     (tmp_path / "model.safetensors.unfinished").unlink()
-    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         ShardWriter(tmp_path, specs_of(PLAN), {"a.codes"})
