@@ -24,11 +24,6 @@ class Bcq(NamedTuple):
     scales: torch.Tensor
     offsets: torch.Tensor | None
 
-    def values(self) -> torch.Tensor:
-        """The quantized weights, fp32 [R, g]."""
-        w = sum((2 * plane.float() - 1) * scale[:, None] for plane, scale in zip(self.planes, self.scales, strict=True))
-        return w if self.offsets is None else w + self.offsets[:, None]
-
 
 def patterns(bits: int, device: torch.device) -> torch.Tensor:
     """All sign patterns, bool [2^b, b]; plane 0 is the most significant bit of the row number."""

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from lutq.data import Text, load_text
 from lutq.errors import LutqError
-from lutq.runtime import device_name, out_of_memory
+from lutq.runtime import device_name, dtype_name, out_of_memory, progress_interval
 
 DEFAULT_WINDOW = 2048
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits per forward pass: what fits a CPU cache well, and fills a GPU
@@ -104,11 +103,6 @@ def window_nll(model: Any, windows: torch.Tensor, progress: bool = True) -> torc
     return torch.stack(losses)
 
 
-def progress_interval() -> float:
-    """Seconds between redraws of a progress bar; a log file wants few lines."""
-    return 0.1 if sys.stderr.isatty() else 10
-
-
 def measure(
     model: Any,
     tokenizer: Any,
@@ -147,7 +141,7 @@ def measure(
         tokens=windows.numel(),
         bos=bos is not None and len(tokens) > 0 and tokens[0].item() == bos,
         tokenizer=type(tokenizer).__name__,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         device=device_name(model.device),
         backend=backend_of(quantized, model.device.type),
         seconds=seconds,

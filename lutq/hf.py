@@ -21,7 +21,7 @@ from lutq.errors import LutqError
 from lutq.linear import LutLinear
 from lutq.ops import choose_backend
 from lutq.pack import Packed
-from lutq.runtime import free_memory, out_of_memory, resolve_device, resolve_dtype, size
+from lutq.runtime import dtype_name, free_memory, out_of_memory, resolve_device, resolve_dtype, size
 from lutq.shards import Spec
 from lutq.source import Source, load_config, locate, read_json, shard_files, tensor_specs
 from lutq.structure import match_tensors, read_structure, skeleton, tensor_shapes
@@ -160,7 +160,7 @@ def check_tensors(model: torch.nn.Module, quantization: LutqConfig, files: list[
 
 def describe(spec: Spec) -> str:
     """Shape and dtype in words, such as `[3, 4] in float16`."""
-    return f"{list(spec.shape)} in {str(spec.dtype).removeprefix('torch.')}"
+    return f"{list(spec.shape)} in {dtype_name(spec.dtype)}"
 
 
 def load(
@@ -262,10 +262,10 @@ def model_bytes(path: Path, dtype: torch.dtype) -> int:
 def what_would_fit(path: Path, dtype: torch.dtype, device: torch.device, needed: int) -> str:
     """What a model needs against what the device has, and which bits or devices would do."""
     free = free_memory(device)
-    words = f"its weights take {size(needed)} in {str(dtype).removeprefix('torch.')} and {device} has {size(free)} free"
+    words = f"its weights take {size(needed)} in {dtype_name(dtype)} and {device} has {size(free)} free"
     structure = read_structure(load_config(path))
     linear = sum(layer.N * layer.K for layer in structure.linears.values() if layer.place == "block")
-    kept = sum(torch.Size(shape).numel() for key, shape in structure.tensors.items() if key not in structure.tied) - linear
+    kept = structure.parameters - linear
     sizes = {bits: linear * (bits + 0.5) / 8 + kept * dtype.itemsize for bits in (4, 3, 2)}
     fitting = [f"{bits} bits ({size(count)})" for bits, count in sizes.items() if count < min(free, needed)]
     if fitting:

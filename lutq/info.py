@@ -8,7 +8,7 @@ from lutq.hf import check_checkpoint, existing, load_dtype
 from lutq.ops import choose_backend
 from lutq.pack import packed_shapes
 from lutq.report import LayerReport, bits_per_weight, by_kind, table
-from lutq.runtime import device_name, resolve_device, size
+from lutq.runtime import device_name, dtype_name, resolve_device, size
 from lutq.source import load_config, locate
 from lutq.structure import read_structure
 
@@ -21,7 +21,7 @@ def describe(model: str | Path, device: str | None = None, dtype: str = "auto", 
     structure = read_structure(config)
     place = resolve_device(device)
     activations = load_dtype(dtype, place, config)
-    parameters = sum(torch.Size(shape).numel() for key, shape in structure.tensors.items() if key not in structure.tied)
+    parameters = structure.parameters
     stored = sum(file.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern))
     architecture = config.architectures[0] if config.architectures else config.model_type
     lines = [
@@ -61,6 +61,6 @@ def describe(model: str | Path, device: str | None = None, dtype: str = "auto", 
         "",
         table(("layer", "count", "bits", "group", "grid", "offsets", "bits/weight"), body),
         "",
-        f"would run here on {device_name(place)} in {str(activations).removeprefix('torch.')} with backend {backend_name}: {why}",
+        f"would run here on {device_name(place)} in {dtype_name(activations)} with backend {backend_name}: {why}",
     ]
     return "\n".join(lines)

@@ -7,7 +7,6 @@ same command. The order of work is the order of the model's tensors, planned bef
 import dataclasses
 import json
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +24,16 @@ from lutq.journal import NAME, Journal, StaleRunError, fingerprint
 from lutq.pack import dequantize
 from lutq.plan import Plan, Unit, outputs, plan
 from lutq.report import LayerReport, Report, relative_error
-from lutq.runtime import free_memory, out_of_memory, peak_memory, resolve_device, resolve_dtype, size
+from lutq.runtime import (
+    dtype_name,
+    free_memory,
+    out_of_memory,
+    peak_memory,
+    progress_interval,
+    resolve_device,
+    resolve_dtype,
+    size,
+)
 from lutq.shards import SHARD_BYTES, ShardWriter, disk_error
 from lutq.source import Source
 from lutq.structure import Structure, read_structure
@@ -64,7 +72,7 @@ class Job:
             "lutq": __version__,
             "torch": torch.__version__,
             "device": self.device.type,
-            "dtype": str(self.todo.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.todo.dtype),
             "shard_bytes": self.shard_bytes,
             "source_config": self.source.raw_config,
             **self.config.to_dict(),
@@ -137,7 +145,6 @@ def complete(job: Job) -> Report:
         raise LutqError(f"cannot write to {job.partial} ({error.strerror}): give another --out") from error
     try:
         layers = run(job, journal)
-        shapes = [shape for key, shape in job.structure.tensors.items() if key not in job.structure.tied]
         report = Report(
             source=job.source.name,
             out=job.shown,
@@ -147,7 +154,7 @@ def complete(job: Job) -> Report:
             ignored=job.todo.ignored,
             bytes_before=job.source.nbytes,
             bytes_after=sum(path.stat().st_size for path in job.partial.glob("*.safetensors")),
-            parameters=sum(torch.Size(shape).numel() for shape in shapes),
+            parameters=job.structure.parameters,
             seconds=time.perf_counter() - begin,
             peak=peak_memory(job.device),
         )
@@ -177,8 +184,7 @@ def run(job: Job, journal: Journal) -> list[LayerReport]:
         )
     layers = []
     total = sum(torch.Size(unit.shape).numel() for unit in units)
-    interval = 0.1 if sys.stderr.isatty() else 10  # a log file wants few lines
-    with tqdm(total=total, unit="w", unit_scale=True, smoothing=0.1, mininterval=interval) as bar:
+    with tqdm(total=total, unit="w", unit_scale=True, smoothing=0.1, mininterval=progress_interval()) as bar:
         try:
             for unit in units:
                 bar.set_description(unit.name, refresh=False)
@@ -256,7 +262,7 @@ def finish(job: Job, report: Report) -> None:
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     modules = {figures.name: figures.layer._asdict() for figures in report.layers}
     config = job.source.raw_config | {
-        "dtype": str(job.todo.dtype).removeprefix("torch."),
+        "dtype": dtype_name(job.todo.dtype),
         "quantization_config": {
             "quant_method": "lutq",
             "format_version": FORMAT_VERSION,

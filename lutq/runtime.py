@@ -39,10 +39,15 @@ def resolve_dtype(dtype: str | torch.dtype | None, auto: torch.dtype) -> torch.d
     if dtype is None or dtype == "auto":
         return auto
     if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
+        dtype = dtype_name(dtype)
     if dtype not in DTYPES:
         raise LutqError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as --dtype and config.json spell it: `float16`, not `torch.float16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def device_name(device: torch.device) -> str:
@@ -79,6 +84,11 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def progress_interval() -> float:
+    """Seconds between redraws of a progress bar; a log file wants few lines."""
+    return 0.1 if sys.stderr.isatty() else 10
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -31,6 +31,11 @@ class Structure(NamedTuple):
     tied: dict[str, str]
     prefix: str
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, tied ones counted once."""
+        return sum(torch.Size(shape).numel() for key, shape in self.tensors.items() if key not in self.tied)
+
 
 def skeleton(config: Any) -> torch.nn.Module:
     """The causal language model of a transformers config on the meta device. Raises LutqError where there is none."""
