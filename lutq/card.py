@@ -28,7 +28,7 @@ The Linear layers of `{report.source}` quantized with lutq {__version__}, method
 ```python
 import lutq
 
-model = lutq.load("path/of/this/directory")     # a transformers model
+model = lutq.load("path/of/this/directory")  # a transformers model
 ```
 
 or `import lutq.hf` and `transformers.AutoModelForCausalLM.from_pretrained(...)`; or on the command line
