@@ -26,7 +26,7 @@ app = typer.Typer(
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N; auto is the GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="Of activations: float16, bfloat16, float32; auto is float32 on the CPU.")]
-Backend = Annotated[str, typer.Option(help="Kernel of the quantized layers: auto or reference.")]
+Backend = Annotated[str, typer.Option(help="Kernel of the quantized layers: auto, cuda or reference.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 Model = Annotated[str, typer.Option(help="Checkpoint directory, hub id, or opt-tiny (embedded).")]
 
@@ -110,8 +110,9 @@ def quantize(
     config = make_config(recipe, **settings)
     from lutq.ops import choose_backend
     from lutq.quantize import quantize_checkpoint
+    from lutq.runtime import resolve_device
 
-    choose_backend(backend)
+    choose_backend(backend, resolve_device(device))
     report = quantize_checkpoint(model, out, config, device=device, dtype=dtype, overwrite=overwrite)
     typer.echo(report.summary())
 
@@ -203,6 +204,70 @@ def info(
     from lutq.info import describe
 
     typer.echo(describe(model, device, dtype, backend))
+
+
+@app.command()
+@verb
+def build(
+    arch: Annotated[
+        Optional[list[str]], typer.Option(help="sm_80, sm_90, ...; repeatable. Default: the GPU here, else all.")
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Write lutq_cuda.so to this directory instead of the cache.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Compile the CUDA kernels ahead of their first use."""
+    from lutq.build import build as run
+    from lutq.compiler import FAT_ARCHS, native_arch
+    from lutq.doctor import gpus
+    from lutq.runtime import size
+
+    made = run(arch or [native_arch(gpu.capability) for gpu in gpus()] or FAT_ARCHS, out)
+    typer.echo(f"{made.path}: {size(made.path.stat().st_size)} for {', '.join(made.archs)}, compiled in {made.seconds:.1f} s")
+
+
+@app.command()
+@verb
+def doctor(verbose: Verbose = False) -> None:
+    """Say what this machine has, which kernels will run on it, and what to do about what is missing."""
+    from lutq.doctor import diagnose
+
+    lines, healthy = diagnose()
+    typer.echo("\n".join(lines))
+    raise typer.Exit(0 if healthy else 1)
+
+
+bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+@verb
+def kernel(
+    shape: Annotated[
+        Optional[list[str]], typer.Option(help="Outputs x inputs, 4096x14336; repeatable. Default: six layers of LLMs.")
+    ] = None,
+    rows: Annotated[Optional[list[int]], typer.Option(help="Rows of x; repeatable. Default: 1, 2, 4, ... 2048.")] = None,
+    bits: Annotated[Optional[list[int]], typer.Option(help="Bits per weight; repeatable. Default: 2, 3, 4.")] = None,
+    grid: Annotated[str, typer.Option(help="bcq, uniform; auto is bcq at 1 to 3 bits and uniform at 4.")] = "auto",
+    group: Annotated[int, typer.Option(help="Inputs that share scales: a multiple of 32, or 0 for the row.")] = 128,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the results to this file.")] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw the results into this .png (needs matplotlib).")] = None,
+    repeats: Annotated[int, typer.Option(help="Times to measure each figure; the median counts.")] = 20,
+    tune: Annotated[bool, typer.Option("--tune", help="Find from how many rows dequantizing is faster, and keep that.")] = False,
+    device: Annotated[str, typer.Option(help="cuda, cuda:N; auto is the current GPU.")] = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Check the CUDA kernels and time them, beside the memory's read ceiling and cuBLAS in fp16."""
+    if tune:
+        if shape or rows or bits or json_file or plot:
+            raise LutqError("--tune measures shapes, rows and bits of its own and writes its own file: give it alone")
+        from lutq.tune import tune as run
+
+        run(repeats, device, typer.echo)
+        return
+    from lutq.bench import bench as run
+
+    run(shape, rows, bits, grid, group, json_file, plot, repeats, device, typer.echo)
 
 
 def main() -> None:

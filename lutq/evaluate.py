@@ -143,13 +143,13 @@ def measure(
         tokenizer=type(tokenizer).__name__,
         dtype=dtype_name(model.dtype),
         device=device_name(model.device),
-        backend=backend_of(quantized, model.device.type),
+        backend=backend_of(quantized, model.device),
         seconds=seconds,
         tokens_per_second=windows.numel() / seconds,
     )
 
 
-def backend_of(module: Any, device: str) -> str:
+def backend_of(module: Any, device: str | torch.device) -> str:
     """Backend that a LutLinear uses, or torch for a plain model."""
     from lutq.ops import choose_backend
 

@@ -183,7 +183,7 @@ def load(
     place = resolve_device(device)
     config = load_config(path)
     dtype = load_dtype(dtype, place, config)
-    choose_backend(backend, place.type)
+    choose_backend(backend, place)
     if "device_map" not in options:
         needed = model_bytes(path, dtype)
         if needed > free_memory(place):
@@ -204,6 +204,7 @@ def load(
         for module in loaded.modules():
             if isinstance(module, LutLinear):
                 module.backend = backend
+                module.prepack()
     return loaded.eval()
 
 

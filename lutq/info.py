@@ -53,7 +53,7 @@ def describe(model: str | Path, device: str | None = None, dtype: str = "auto", 
         )
         for (kind, bits, group, grid, offsets), members in by_kind(layers).items()
     ]
-    backend_name, why = choose_backend(backend, place.type)
+    backend_name, why = choose_backend(backend, place)
     method = quantization.settings.get("method", "?")
     lines += [
         f"quantized by lutq {quantization.lutq_version} (format {quantization.format_version}), method {method}, "

@@ -1,13 +1,17 @@
-"""`LutLinear`: an nn.Linear whose weight stays packed."""
+"""`LutLinear`: an nn.Linear whose weight stays packed.
+
+On a GPU the kernels want their own order (lutq/prepack.py). The first product there, or `prepack`, puts the module into it
+and drops the canonical tensors; its state dict, and moving it elsewhere, bring them back bit for bit.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-import lutq.ops  # noqa: F401, defines torch.ops.lutq.linear
 from lutq.config import LayerConfig
 from lutq.errors import LutqError
+from lutq.ops import working_backend
 from lutq.pack import Packed, dequantize, packed_shapes
 
 
@@ -29,7 +33,7 @@ class LutLinear(torch.nn.Module):
         """An unfilled layer, its tensors on `device`."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.layer, self.backend = layer, "auto"
+        self.layer, self.wide, self._backend = layer, False, "auto"
         shapes = packed_shapes(out_features, in_features, layer)
         for name in Packed._fields:
             tensor = None
@@ -37,6 +41,8 @@ class LutLinear(torch.nn.Module):
                 shape, dtype = shapes[name]
                 tensor = torch.empty(shape, dtype=dtype, device=device)
             self.register_buffer(name, tensor)
+        self.register_buffer("kernel_codes", None, persistent=False)
+        self.register_buffer("kernel_records", None, persistent=False)
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -48,17 +54,77 @@ class LutLinear(torch.nn.Module):
             setattr(module, name, tensor)
         return module
 
+    @property
+    def backend(self) -> str:
+        """The backend asked for, see lutq/ops.py. A new one takes effect at the next product."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self.unpack()
+        self._backend = name
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., K] to y [..., N]. Raises LutqError for an x of another width."""
         if x.shape[-1] != self.in_features:
             raise LutqError(f"x has {x.shape[-1]} features and this layer takes {self.in_features}: check the model's config")
+        if self.kernel_codes is None and not torch.compiler.is_compiling():
+            self.prepack()
+        if self.kernel_codes is not None:
+            bits, group, grid, offsets = self.layer
+            tensors = (self.kernel_codes, self.kernel_records, self.bias)
+            return torch.ops.lutq.linear_prepacked(x, *tensors, self.out_features, bits, group, grid, offsets, self.wide)
         tensors = (self.codes, self.scales, self.offsets, self.zero_points, self.bias)
         return torch.ops.lutq.linear(x, *tensors, self.layer.group, self.layer.grid, self.backend)
 
+    def prepack(self) -> bool:
+        """Put the layer into kernel order if its backend wants that, and say whether it is in it.
+
+        Compiles the kernels where there are none yet. Not inside CUDA-graph capture: raises LutqError there.
+        """
+        if self.kernel_codes is not None:
+            return True
+        if self.codes.device.type != "cuda" or self.backend == "reference":
+            return False
+        if torch.cuda.is_current_stream_capturing():
+            raise LutqError("a LutLinear was first used inside CUDA-graph capture: call prepack() or the model once before")
+        if working_backend(self.backend, self.codes.device) != "cuda":
+            return False
+        from lutq.cuda import prepack
+
+        self.kernel_codes, self.kernel_records, self.wide = prepack(self.packed(), self.layer)
+        for name in Packed._fields:
+            self._buffers[name] = None
+        return True
+
+    def packed(self) -> Packed:
+        """The canonical tensors: the buffers, or made from the kernel order."""
+        if self.kernel_codes is None:
+            return Packed(self.codes, self.scales, self.offsets, self.zero_points)
+        from lutq.prepack import unpack_codes, unpack_records
+
+        records = unpack_records(self.kernel_records, self.out_features, self.in_features, self.layer)
+        return Packed(unpack_codes(self.kernel_codes, self.out_features, self.in_features), **records)
+
+    def unpack(self) -> None:
+        """Leave the kernel order: the canonical tensors are buffers again."""
+        if self.kernel_codes is not None:
+            for name, tensor in self.packed()._asdict().items():
+                self._buffers[name] = tensor
+            self.kernel_codes = self.kernel_records = None
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as `dtype` [N, K]."""
-        tensors = (self.codes, self.scales, self.offsets, self.zero_points)
-        return dequantize(*tensors, self.layer.group, self.layer.grid, self.in_features, dtype)
+        return dequantize(*self.packed(), self.layer.group, self.layer.grid, self.in_features, dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.kernel_codes is not None:
+            destination |= {prefix + name: tensor for name, tensor in self.packed()._asdict().items() if tensor is not None}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -66,6 +132,7 @@ class LutLinear(torch.nn.Module):
         return f"{self.in_features}, {self.out_features}, {settings}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self.unpack()
         # fp16 scales must survive model.to(bfloat16): shown to `fn` as integers, they are moved and never cast
         floats = {name: tensor for name, tensor in self._buffers.items() if tensor is not None and tensor.is_floating_point()}
         for name, tensor in floats.items():

@@ -1,18 +1,25 @@
-"""`torch.ops.lutq.linear`: y = x W^T + bias with W in packed form (lutq/pack.py), defined once for every backend.
+"""The operators: y = x W^T + bias with W in packed form (lutq/pack.py), defined once for every backend.
 
     lutq::linear(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor? zero_points, Tensor? bias,
                  int group, str grid, str backend) -> Tensor
+    lutq::linear_prepacked(Tensor x, Tensor codes, Tensor records, Tensor? bias, int N, int bits, int group, str grid,
+                           bool offsets, bool wide, ScalarType? dtype) -> Tensor
 
-x [..., K] fp16, bf16 or fp32; y [..., N] in the dtype of x. `group` in inputs, 0 for one per row. `backend` is a name in
-`BACKENDS`, or `auto` for the fastest that works where x lies. A fake kernel gives shapes to torch.compile and meta tensors.
+x [..., K] fp16, bf16 or fp32; y [..., N] in the dtype of x, or in `dtype`. `group` in inputs, 0 for one per row. `backend`
+is a name in `BACKENDS`, or `auto` for the fastest that works where x lies. `linear_prepacked` takes a layer in the order of
+the CUDA kernels (lutq/prepack.py) and is what LutLinear calls on a GPU; `linear` reorders at every call there. Fake kernels
+give shapes to torch.compile and meta tensors.
 """
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from lutq.config import LayerConfig
 from lutq.errors import LutqError
 from lutq.pack import dequantize, words
 
@@ -20,6 +27,10 @@ library = torch.library.Library("lutq", "DEF")
 library.define(
     "linear(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor? zero_points, Tensor? bias, "
     "int group, str grid, str backend='auto') -> Tensor"
+)
+library.define(
+    "linear_prepacked(Tensor x, Tensor codes, Tensor records, Tensor? bias, int N, int bits, int group, str grid, "
+    "bool offsets, bool wide, ScalarType? dtype=None) -> Tensor"
 )
 
 
@@ -40,19 +51,87 @@ def reference(
     return F.linear(x, dequantize(codes, scales, offsets, zero_points, group, grid, x.shape[-1], x.dtype), bias)
 
 
-BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"reference": reference}
+def cuda(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None,
+    zero_points: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group: int,
+    grid: str,
+) -> torch.Tensor:
+    """The CUDA kernels on canonical tensors."""
+    from lutq.cuda import from_canonical
+
+    return from_canonical(x, codes, scales, offsets, zero_points, bias, group, grid)
 
 
-def choose_backend(requested: str = "auto", device: str = "cpu") -> tuple[str, str]:
-    """The backend that runs on a device type, and why, in words.
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"reference": reference, "cuda": cuda}
+REFERENCE = "unpacks each layer, then an ordinary matrix product"
 
-    Raises LutqError for a backend that does not exist.
+
+def choose_backend(requested: str = "auto", device: str | torch.device = "cpu") -> tuple[str, str]:
+    """The backend that runs on a device, and why, in words. Compiles nothing.
+
+    Raises LutqError for a backend that does not exist or cannot run there.
     """
-    if requested == "auto":
-        return "reference", f"the only backend for {device} so far: unpacks each layer, then an ordinary matrix product"
-    if requested not in BACKENDS:
+    if requested not in ("auto", *BACKENDS):
         raise LutqError(f"unknown backend {requested!r}: use auto or {', '.join(BACKENDS)}")
-    return requested, "as asked"
+    place = torch.device(device)
+    if requested == "reference":
+        return requested, "as asked"
+    if place.type != "cuda":
+        if requested == "cuda":
+            raise LutqError(f"backend 'cuda' needs a GPU and the device is {place}: use --device cuda, or --backend reference")
+        return "reference", f"the only backend for {place.type} so far: {REFERENCE}"
+    problem = no_kernels(place)
+    if problem is None:
+        return "cuda", "as asked" if requested == "cuda" else "the fastest: products with the packed weights themselves"
+    if requested == "cuda":
+        raise LutqError(f"the CUDA kernels cannot run: {problem}")
+    return "reference", f"{REFERENCE}, because the CUDA kernels cannot run: {problem}"
+
+
+def no_kernels(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on a GPU, with the remedy; None if they can, as far as known without compiling."""
+    from lutq.build import library_path
+    from lutq.compiler import OLDEST, find_compiler, host_compiler
+
+    if device in failed:
+        return failed[device]
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    path, why = library_path(capability)
+    if path is not None or (find_compiler() and host_compiler()):
+        return None
+    return f"{why}, and there is no compiler; pip install 'lutq[nvcc]' and a C++ compiler such as g++, then `lutq doctor`"
+
+
+failed: dict[torch.device, str] = {}  # why the kernels do not work, by device, once that is known
+
+
+@functools.cache
+def working_backend(requested: str, device: torch.device) -> str:
+    """The backend that a layer uses: `choose_backend`, and the kernels compiled, loaded and checked.
+
+    `auto` warns once, with the remedy, and uses the reference where the kernels do not work; `cuda` raises LutqError.
+    """
+    name, why = choose_backend(requested, device)
+    if name == "cuda":
+        from lutq.cuda import kernels
+
+        try:
+            kernels(device)
+        except LutqError as error:
+            if requested == "cuda":
+                raise
+            failed[device] = why = str(error)
+            name = "reference"
+    if name == "reference" and requested == "auto" and device.type == "cuda":
+        warnings.warn(f"lutq runs without its CUDA kernels: {why}", stacklevel=2)
+    return name
 
 
 def check_width(x: torch.Tensor, codes: torch.Tensor) -> None:
@@ -76,8 +155,27 @@ def linear(
 ) -> torch.Tensor:
     """The operator's implementation: hand over to the chosen backend."""
     check_width(x, codes)
-    name, _ = choose_backend(backend, x.device.type)
+    name = working_backend(backend, x.device)
     return BACKENDS[name](x, codes, scales, offsets, zero_points, bias, group, grid)
+
+
+def linear_prepacked(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    records: torch.Tensor,
+    bias: torch.Tensor | None,
+    N: int,
+    bits: int,
+    group: int,
+    grid: str,
+    offsets: bool,
+    wide: bool,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The operator's implementation on a GPU, see lutq/cuda.py."""
+    from lutq.cuda import multiply
+
+    return multiply(x, codes, records, bias, N, LayerConfig(bits, group, grid, offsets), wide, dtype)
 
 
 def linear_shape(x: torch.Tensor, codes: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -86,6 +184,16 @@ def linear_shape(x: torch.Tensor, codes: torch.Tensor, *_: Any, **__: Any) -> to
     return x.new_empty(*x.shape[:-1], codes.shape[1])
 
 
+def linear_prepacked_shape(
+    x: torch.Tensor, codes: torch.Tensor, records: torch.Tensor, bias: torch.Tensor | None, N: int, *rest: Any, **named: Any
+) -> torch.Tensor:
+    """Fake kernel: the result's shape and dtype, without data."""
+    dtype = named.get("dtype", rest[5] if len(rest) > 5 else None)
+    return x.new_empty(*x.shape[:-1], N, dtype=dtype or x.dtype)
+
+
 library.impl("linear", linear, "CPU")
 library.impl("linear", linear, "CUDA")
+library.impl("linear_prepacked", linear_prepacked, "CUDA")
 torch.library.register_fake("lutq::linear", linear_shape)
+torch.library.register_fake("lutq::linear_prepacked", linear_prepacked_shape)

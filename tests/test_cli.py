@@ -22,7 +22,8 @@ from lutq.config import FIELDS, METHODS, STARTS, QuantConfig
 from lutq.quantize import quantize_checkpoint
 
 CHEAP = ("--method", "greedy", "--bits", "2", "--device", "cpu")
-EVERYWHERE = ["--device", "--dtype", "--backend", "--verbose", "--help", "-h"]
+SHORT = ["--verbose", "--help", "-h"]
+EVERYWHERE = ["--device", "--dtype", "--backend", *SHORT]
 FLAGS = {
     "quantize": [
         *(
@@ -47,6 +48,8 @@ FLAGS = {
     "info": ["model"],
 }
 FLAGS = {verb: {*flags, *EVERYWHERE} for verb, flags in FLAGS.items()}
+FLAGS |= {"build": {"--arch", "--out", *SHORT}, "doctor": {*SHORT}, "bench": {"--help", "-h"}}
+KERNEL = {"--shape", "--rows", "--bits", "--grid", "--group", "--json", "--plot", "--repeats", "--tune", "--device", *SHORT}
 
 
 def words(text):
@@ -83,6 +86,8 @@ def test_flags_are_all_that_there_are():
     for verb, command in group.commands.items():
         flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         assert flags | {"--help", "-h"} == FLAGS[verb], f"{verb=} {flags ^ FLAGS[verb]}"
+    kernel = group.commands["bench"].commands["kernel"]
+    assert {flag for parameter in kernel.params for flag in parameter.opts} | {"--help", "-h"} == KERNEL
 
 
 def test_every_setting_is_a_flag_of_quantize():
@@ -246,7 +251,8 @@ SETTINGS = {
     "--tolerance 1": "tolerance must be at least 0 and less than 1",
     "--tolerance nan": "tolerance must be at least 0 and less than 1",
     "--recipe no-such": "no recipe 'no-such'.*default, mixed-3bit, rtn-4bit",
-    "--backend cuda": "unknown backend 'cuda'",
+    "--backend tpu": "unknown backend 'tpu': use auto or reference, cuda",
+    "--backend cuda --device cpu": "needs a GPU",
     "--device tpu": "device",
     "--device cuda:99": "use --device cpu|there is no cuda:99",
     "--device mps": "not supported",

@@ -22,6 +22,16 @@ def test_tables_are_those_of_the_results(monkeypatch):
     del sys.modules["perplexity_report"]
 
 
+def test_kernel_tables_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import kernel_report
+
+    body = README.split(kernel_report.BEGIN)[1].split(kernel_report.END)[0]
+    assert body.strip() == kernel_report.tables().strip()
+    assert len(kernel_report.read_results()) == 1
+    del sys.modules["kernel_report"]
+
+
 def test_recipe_is_the_shipped_one():
     assert (ROOT / "configs" / "mixed-3bit.toml").read_text(encoding="utf-8").strip() in README
 
@@ -46,8 +56,8 @@ def test_named_flags_exist():
     from lutq.cli import app
 
     known = ""
-    for verb in ("quantize", "generate", "eval-ppl", "info"):
-        known += CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    for verb in ("quantize", "generate", "eval-ppl", "info", "build", "doctor", "bench kernel"):
+        known += CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--help"}
     assert flags, "no flags found"
     for flag in flags:

@@ -1,0 +1,3 @@
+#include "lut_gemm.cuh"
+
+LUTQ_LUT_GEMM(2)

@@ -1,0 +1,342 @@
+"""The `cuda` backend: products with a layer in kernel order (lutq/prepack.py), by the kernels in kernels/.
+
+Which kernel runs is decided here, by M (rows of x) and dtype:
+
+    M <= 4                  lut_gemm with split tables on the sparse tensor cores: relative error below 2e-6
+    M <= rows_limit         lut_gemm with rounded tables, 8 rows at a time: below 5e-4. For fp32 x, and below 1024 inputs,
+                            where few roundings average out, split tables, 4 rows at a time
+    above                   W is dequantized to fp16 (rounded once), a slice at a time, for an ordinary matrix product. For
+                            fp32 x, small layers and those whose weights fp16 does not hold (`wide`) to fp32
+
+x that is not finite gives a y that is not finite. The same call gives the same bits every time. In lut_gemm a row's result
+does not depend on the other rows: it is the same bits at every M of one mode (1; 2 to 4; above). An ordinary matrix product
+promises no such thing.
+"""
+
+import ctypes
+import functools
+import json
+from math import ceil
+from typing import NamedTuple
+
+import torch
+
+from lutq.build import cache_folder, library
+from lutq.config import LayerConfig
+from lutq.errors import LutqError
+from lutq.pack import Packed, dequantize, packed_shapes
+from lutq.paths import shipped
+from lutq.prepack import TILE, pack_codes, pack_records, tiles, units
+
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+GRIDS = {"bcq": 0, "uniform": 1}
+ONE, FEW, EIGHT = 1, 4, 8  # modes of lut_gemm: rows that it takes; EIGHT rounds
+FEW_INPUTS, SMALL = 1024, 1 << 20  # inputs, and weights, of layers where rounding might show
+SLICE = 1 << 27  # weights dequantized at a time: 256 MB in fp16
+FP16_LARGEST, FP16_SMALLEST = 65504.0, 2.0**-14  # the smallest with all its digits
+
+
+class Arguments(ctypes.Structure):
+    """`Linear` of kernels/layout.cuh."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("codes", "records", "x", "bias", "y")]
+        + [("x_stride", ctypes.c_int64)]
+        + [(name, ctypes.c_int) for name in ("N", "K", "M", "group", "bits", "grid", "offsets")]
+        + [(name, ctypes.c_int) for name in ("x_dtype", "bias_dtype", "y_dtype")]
+    )
+
+
+class Prepacked(NamedTuple):
+    """A layer in kernel order. codes int32 [T + 1, 2 U, 64 b], records uint8 [T + 1, G, bytes]; wide: too much for fp16."""
+
+    codes: torch.Tensor
+    records: torch.Tensor
+    wide: bool
+
+
+def prepack(packed: Packed, layer: LayerConfig) -> Prepacked:
+    """The kernel order of packed tensors, on their device. Waits for it: kernels read weights before they wait for others."""
+    if layer.grid == "bcq":
+        top = packed.scales.float().abs().sum(0)
+        top = top if packed.offsets is None else top + packed.offsets.float().abs()
+        unfit = ~(top <= FP16_LARGEST)
+    else:
+        step = packed.scales[0].float().abs()
+        unfit = ~(step * (2**layer.bits if packed.zero_points is None else 256) <= FP16_LARGEST)
+        if packed.zero_points is None:  # levels are odd multiples of half a step
+            unfit |= (step > 0) & (step < FP16_SMALLEST)
+    ready = Prepacked(pack_codes(packed.codes), pack_records(packed, layer), bool(unfit.any()))
+    if packed.codes.device.type == "cuda":
+        torch.cuda.synchronize(packed.codes.device)
+    return ready
+
+
+@functools.cache
+def kernels(device: torch.device) -> ctypes.CDLL:
+    """The compiled library for a GPU, checked there once: one product against the reference.
+
+    Raises LutqError, with the remedy, where it cannot be built, loaded or trusted.
+    """
+    found = library(torch.cuda.get_device_capability(device))
+    try:
+        with torch.cuda.device(device):
+            check(found, device)
+    except RuntimeError as error:
+        raise LutqError(f"the CUDA kernels fail on {torch.cuda.get_device_name(device)}: {error}") from error
+    return found
+
+
+def check(found: ctypes.CDLL, device: torch.device) -> None:
+    """Raise LutqError unless the GPU's sparse tensor cores look up any index, which the CUDA manual does not promise."""
+    generator = torch.Generator().manual_seed(0)
+    layer = LayerConfig(3, 32, "bcq", True)
+    shapes = packed_shapes(64, 544, layer)
+    codes = torch.randint(-(2**31), 2**31, shapes["codes"][0], generator=generator).to(torch.int32)
+    scales, offsets = (torch.rand(shapes[name][0], generator=generator).half() for name in ("scales", "offsets"))
+    packed = Packed(*(tensor.to(device) for tensor in (codes, scales, offsets)))
+    x = torch.randn(1, 544, generator=generator).half().to(device)
+    y = torch.empty(1, 64, device=device)
+    ready = prepack(packed, layer)
+    run_lut(found, arguments(x, ready.codes, ready.records, None, y, layer), ONE, properties(device))
+    wanted = x.double() @ dequantize(*packed, layer.group, layer.grid, 544, torch.float64).T
+    difference = ((y.double() - wanted).norm() / wanted.norm()).item()
+    if not difference < 1e-5:
+        name = torch.cuda.get_device_name(device)
+        raise LutqError(f"the CUDA kernels give wrong results on {name} (off by {difference:.1e}): use --backend reference")
+
+
+class Gpu(NamedTuple):
+    """What a plan depends on. shared: bytes of shared memory a block may have."""
+
+    name: str
+    processors: int
+    shared: int
+    clusters: bool
+
+
+@functools.cache
+def properties(device: torch.device) -> Gpu:
+    """Of a GPU."""
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.name, found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9)
+
+
+class Plan(NamedTuple):
+    """How lut_gemm is launched: blocks, of which `split` share the inputs of the same rows; warps over K and over N."""
+
+    blocks: int
+    split: int
+    k_warps: int
+    n_warps: int
+
+
+MAX_WARPS, STAGES, SCRATCH = 8, 4, 2048  # of kernels/lut_gemm.cuh and stream.cuh
+
+
+@functools.lru_cache(4096)
+def plan(N: int, K: int, mode: int, bits: int, group: int, gpu: Gpu) -> Plan:
+    """The launch with the least estimated time, whatever M: it decides in which order a row is summed. group never 0.
+
+    Raises LutqError when no launch fits into the GPU's shared memory.
+    """
+    pieces = 2 if group % 128 == 0 else 8
+    ring = STAGES * 2 * (bits * 512 + pieces * (bits + 1) * 32) + (0 if mode == EIGHT else SCRATCH)
+    kept = 4 * {ONE: 16, FEW: 64, EIGHT: 128}[mode]
+    spans = ceil(units(K) / (2 if group % 128 == 0 else 1))
+    best: tuple[float, Plan] | None = None
+    for split in (1, 2) if gpu.clusters and spans > 1 else (1,):
+        for waves in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64):
+            clusters = min(tiles(N), gpu.processors // split * waves)
+            most = ceil(tiles(N) / clusters) + 1
+            for k_warps in range(1, min(MAX_WARPS, ceil(spans / split)) + 1):
+                for n_warps in range(1, MAX_WARPS // k_warps + 1):
+                    used = k_warps * n_warps * ring + most * (k_warps * kept + (64 * mode if split > 1 else 0))
+                    if used > gpu.shared:
+                        continue
+                    passes = ceil(ceil(spans / split) / k_warps)
+                    items = ceil(most // 2 / n_warps)
+                    # the unit is an item; preparing the inputs of a pass, and a wave, cost about as much. Measured on an H200
+                    cost = waves * (passes * (items + 1.0) + 1.0) + 0.01 * (MAX_WARPS - k_warps * n_warps)
+                    cost = cost if split == 1 else 1.05 * cost + 0.3
+                    if best is None or cost < best[0]:
+                        best = cost, Plan(clusters * split, split, k_warps, n_warps)
+            if clusters == tiles(N):
+                break
+    if best is None:
+        raise LutqError(f"{gpu.name} has too little shared memory for {bits} bits in groups of {group}: use --backend reference")
+    return best[1]
+
+
+@functools.cache
+def rows_limit(name: str, bits: int) -> int:
+    """Up to how many rows lut_gemm beats dequantizing on this GPU.
+
+    Measured by `lutq bench kernel --tune`, whose table in the user's cache goes before configs/gpus.json.
+    """
+    table = json.loads((shipped("configs") / "gpus.json").read_text())
+    own = cache_folder() / "gpus.json"
+    table |= json.loads(own.read_text()) if own.is_file() else {}
+    return table.get(name, table["default"])[str(bits)]
+
+
+def arguments(
+    x: torch.Tensor, codes: torch.Tensor, records: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig
+) -> Arguments:
+    """Of one launch. x [M, K], y [M, N]."""
+    (M, K), N = x.shape, y.shape[-1]
+    return Arguments(
+        codes.data_ptr(),
+        records.data_ptr(),
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.stride(0),
+        N,
+        K,
+        M,
+        layer.group or 256 * units(K),
+        layer.bits,
+        GRIDS[layer.grid],
+        int(layer.offsets),
+        DTYPES[x.dtype],
+        0 if bias is None else DTYPES[bias.dtype],
+        DTYPES[y.dtype],
+    )
+
+
+def launched(code: int) -> None:
+    """Raise RuntimeError for a cudaError_t."""
+    if code:
+        raise RuntimeError(f"a CUDA kernel could not be launched: error {code}")
+
+
+def run_lut(found: ctypes.CDLL, a: Arguments, mode: int, gpu: Gpu) -> None:
+    """Launch lut_gemm in a mode on the current stream."""
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    launch = getattr(found, f"lutq_lut_gemm_{a.bits}bit")
+    launched(launch(ctypes.byref(a), mode, *plan(a.N, a.K, mode, a.bits, a.group, gpu), stream))
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """What the kernels read, from x [M, K]: rows of K rounded up to 8 inputs, each on 16 bytes. A view or a copy [M, K]."""
+    K = x.shape[1]
+    if K % 8 == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_zeros(x.shape[0], -(-K // 8) * 8)
+    padded[:, :K] = x
+    return padded[:, :K]
+
+
+def multiply(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    records: torch.Tensor,
+    bias: torch.Tensor | None,
+    N: int,
+    layer: LayerConfig,
+    wide: bool,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The product x [..., K] W^T + bias -> [..., N] in `dtype`, or in that of x (fp16, bf16, fp32).
+
+    Raises LutqError for other dtypes and an x of another width.
+    """
+    device, K = x.device, x.shape[-1]
+    for tensor in (x, bias):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise LutqError(f"the CUDA kernels take float16, bfloat16 and float32, not {tensor.dtype}: use --backend reference")
+    if codes.shape[1] != 2 * units(K):
+        raise LutqError(f"x has {K} features and the weight {128 * codes.shape[1]} in whole units: check the model's config")
+    y = torch.empty(*x.shape[:-1], N, dtype=dtype or x.dtype, device=device)
+    if y.numel() == 0:
+        return y
+    rows, out = x.reshape(-1, K), y.view(-1, N)
+    with torch.cuda.device(device):
+        mode = lut_mode(rows)
+        limit = max(FEW, rows_limit(properties(device).name, layer.bits) * max(mode, FEW) // EIGHT)
+        if rows.shape[0] > limit or (wide and layer.grid == "uniform"):  # lut_gemm takes 8 times a uniform step into fp16
+            multiply_dense(rows, codes, records, bias, out, layer, wide)
+        else:
+            multiply_lut(rows, codes, records, bias, out, layer)
+    return y
+
+
+def lut_mode(x: torch.Tensor) -> int:
+    """The mode of lut_gemm for x [M, K]."""
+    M, K = x.shape
+    if M == 1:
+        return ONE
+    return FEW if M <= FEW or K < FEW_INPUTS or x.dtype == torch.float32 else EIGHT
+
+
+def multiply_lut(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    records: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    layer: LayerConfig,
+) -> None:
+    """Fill y [M, N], contiguous, by lut_gemm on the current device, as many rows at a time as its mode takes."""
+    found, gpu, mode, x = kernels(x.device), properties(x.device), lut_mode(x), aligned(x)
+    for begin in range(0, x.shape[0], mode):
+        part = slice(begin, begin + mode)
+        run_lut(found, arguments(x[part], codes, records, bias, y[part], layer), mode, gpu)
+
+
+def multiply_dense(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    records: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    layer: LayerConfig,
+    wide: bool,
+) -> None:
+    """Fill y [M, N] by dequantizing W a slice of rows at a time. bf16 x is scaled by a power of two per row into fp16."""
+    (_, K), N = x.shape, y.shape[1]
+    precise = wide or x.dtype == torch.float32 or N * K < SMALL
+    scale = None
+    if precise:
+        x = x.float()
+    elif x.dtype == torch.bfloat16:
+        _, exponent = torch.frexp(x.abs().amax(1, keepdim=True).float())
+        scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.clamp(-100, 120))
+        x = (x / scale).half()
+    step = max(1, SLICE // (K * TILE))
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    direct = not precise and scale is None and y.dtype == x.dtype
+    for first in range(0, tiles(N), step):
+        last = min(tiles(N), first + step)
+        part = slice(first * TILE, min(N, last * TILE))
+        w = torch.empty(part.stop - part.start, K, dtype=torch.float32 if precise else torch.float16, device=x.device)
+        a = arguments(x, codes, records, None, y, layer)
+        a.y, a.y_dtype = w.data_ptr(), DTYPES[w.dtype]
+        launched(kernels(x.device).lutq_dequantize(ctypes.byref(a), first, last, stream))
+        if direct:
+            if bias is None:
+                torch.mm(x, w.T, out=y[:, part])
+            else:
+                torch.addmm(bias[part].to(w.dtype), x, w.T, out=y[:, part])
+            continue
+        product = x @ w.T if precise else torch.mm(x, w.T, out_dtype=torch.float32)
+        if scale is not None:
+            product *= scale
+        y[:, part] = product if bias is None else product + bias[part]
+
+
+def from_canonical(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None,
+    zero_points: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group: int,
+    grid: str,
+) -> torch.Tensor:
+    """The backend on canonical tensors: reorders them at every call, so only LutLinear, which keeps them so, is fast."""
+    layer = LayerConfig(codes.shape[0], group, grid, offsets is not None or zero_points is not None)
+    ready = prepack(Packed(codes, scales, offsets, zero_points), layer)
+    return multiply(x, ready.codes, ready.records, bias, codes.shape[1], layer, ready.wide)

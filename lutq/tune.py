@@ -1,0 +1,108 @@
+"""`lutq bench kernel --tune`: up to how many rows of x lut_gemm beats dequantizing W for an ordinary product.
+
+The limits go to gpus.json in the folder of compiled kernels (lutq/build.py), `{GPU name: {bits: rows}}`, which
+`lutq.cuda.rows_limit` prefers to the table that comes with lutq.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lutq.bench import layer_of
+from lutq.build import cache_folder, writing
+from lutq.config import LayerConfig
+from lutq.cuda import Prepacked, prepack, rows_limit
+from lutq.errors import LutqError
+from lutq.report import table
+from lutq.timing import copies, expected_us, l2_bytes, launches, require_gpu, time_graph
+from lutq.trial import dense_into, lut_into, random_packed, rotating, traffic
+
+N, K, GROUP = 8192, 8192, 128
+ROWS = (*range(8, 64, 8), *range(64, 257, 16))
+BITS = (1, 2, 3, 4)
+
+
+def threshold(times: dict[int, tuple[float, float]]) -> int:
+    """The limit that is best over all measured rows M -> (us of lut_gemm, us of dequantizing), by the mean logarithm.
+
+    Where the curves cross once it is the last M at which lut_gemm is faster; a single noisy time does not move it far. At
+    least the fewest rows measured.
+    """
+
+    def cost(limit: int) -> float:
+        return sum(math.log(dense if limit < M else lut) for M, (lut, dense) in times.items())
+
+    return min(times, key=cost)
+
+
+def user_table() -> Path:
+    """Where the limits go; the file need not exist."""
+    return cache_folder() / "gpus.json"
+
+
+def merge(file: Path, name: str, limits: dict[str, int]) -> None:
+    """Put the limits of a GPU into the table, beside those of others. Raises LutqError for a file that is no such table."""
+    tables: Any = {}
+    if file.is_file():
+        try:
+            tables = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            tables = None
+    if not isinstance(tables, dict):
+        raise LutqError(f"{file} is not a table of row limits: remove it")
+    with writing(file.parent, "point the environment variable LUTQ_CACHE at a folder of yours"):
+        fresh = file.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(tables | {name: limits}, indent=1) + "\n", encoding="utf-8")
+        fresh.replace(file)
+
+
+def measure(ready: list[Prepacked], layer: LayerConfig, M: int, repeats: int) -> tuple[float, float]:
+    """Us of one product with M rows in fp16 (lut_gemm, dequantizing). The layer is given as its copies."""
+    device, n = ready[0].codes.device, len(ready)
+    x = torch.randn(M, K, dtype=torch.float16, device=device)
+    y = torch.empty(M, N, dtype=torch.float16, device=device)
+    count = launches(M, expected_us(traffic(N, K, M, layer), M, N, K), n)
+    lut = time_graph(lambda i: lut_into(x, ready[i % n], y, layer), count, repeats)
+    dense = time_graph(lambda i: dense_into(x, ready[i % n], y, layer), count, repeats)
+    return lut.us, dense.us
+
+
+def rows_table(times: dict[int, dict[int, tuple[float, float]]]) -> str:
+    """Times by bits and M as a table: a line per M, two columns per bits."""
+    header = ("M", *(f"{kind}, {bits} bits" for bits in times for kind in ("lut_gemm", "dense")))
+    body = [
+        (f"{M}", *(f"{us:.1f}" for by_rows in times.values() for us in by_rows[M]))
+        for M in dict.fromkeys(M for t in times.values() for M in t)
+    ]
+    return table(header, body)
+
+
+def tune(repeats: int = 20, device: str = "auto", echo: Callable[[str], Any] = print) -> dict[str, int]:
+    """Measure bits 1 to 4 at 8192x8192 in groups of 128, print the times, and write the limits: bits -> rows.
+
+    Raises LutqError.
+    """
+    if repeats < 1:
+        raise LutqError(f"--repeats must be 1 or more, not {repeats}")
+    gpu = require_gpu(device)
+    times: dict[int, dict[int, tuple[float, float]]] = {}
+    name = torch.cuda.get_device_name(gpu)
+    echo(f"{name}, {N}x{K} in groups of {GROUP}, us per product:")
+    with torch.cuda.device(gpu):
+        for bits in BITS:
+            layer = layer_of(bits, "auto", GROUP)
+            first = prepack(random_packed(N, K, layer, gpu), layer)
+            ready = rotating(first, copies(first.codes.nbytes + first.records.nbytes, l2_bytes(gpu)))
+            times[bits] = {M: measure(ready, layer, M, repeats) for M in ROWS}
+    limits = {str(bits): threshold(by_rows) for bits, by_rows in times.items()}
+    merge(user_table(), name, limits)
+    rows_limit.cache_clear()
+    echo(rows_table(times))
+    words = ", ".join(f"{limit} at {bits} bits" for bits, limit in limits.items())
+    echo(f"lut_gemm up to these rows: {words}; written to {user_table()}")
+    return limits

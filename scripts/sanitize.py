@@ -1,0 +1,41 @@
+"""Products of every kind with the CUDA kernels, on small layers: what scripts/sanitize.sh runs under compute-sanitizer."""
+
+import itertools
+
+import torch
+
+from lutq.config import LayerConfig
+from lutq.cuda import multiply, prepack
+from lutq.pack import Packed, packed_shapes
+
+
+def random_packed(N: int, K: int, layer: LayerConfig, device: torch.device) -> Packed:
+    tensors = {}
+    for name, (shape, dtype) in packed_shapes(N, K, layer).items():
+        whole = dtype in (torch.int32, torch.uint8)
+        tensors[name] = (
+            torch.randint(0, 200, shape, device=device).to(dtype) if whole else torch.rand(shape, device=device).to(dtype)
+        )
+    return Packed(**tensors)
+
+
+def main() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    cases = 0
+    for bits, (grid, offsets), (N, K, group) in itertools.product(
+        (1, 2, 3, 4),
+        (("bcq", True), ("bcq", False), ("uniform", True), ("uniform", False)),
+        ((48, 1280, 128), (33, 1100, 32), (1, 40, 0)),
+    ):
+        layer = LayerConfig(bits, group, grid, offsets)
+        ready = prepack(random_packed(N, K, layer, device), layer)
+        for M, dtype in ((1, torch.float16), (3, torch.float32), (7, torch.bfloat16), (200, torch.float16)):
+            x = torch.randn(M, K, device=device).to(dtype)
+            multiply(x, ready.codes, ready.records, None, N, layer, ready.wide)
+            cases += 1
+    torch.cuda.synchronize()
+    print(f"{cases} cases")
+
+
+if __name__ == "__main__":
+    main()

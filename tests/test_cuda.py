@@ -1,0 +1,569 @@
+"""What the `cuda` backend decides in Python, against the text of kernels/*.cu and a stand-in for the compiled library.
+
+The stand-in does in float64, from the same pointers, what the two kernels promise; the kernels themselves are tested in
+tests/gpu.
+"""
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import re
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lutq.cuda
+import lutq.ops
+from lutq.config import LayerConfig
+from lutq.cuda import DTYPES, EIGHT, FEW, FEW_INPUTS, GRIDS, ONE, Arguments, Gpu, Prepacked, aligned, plan, prepack, rows_limit
+from lutq.errors import LutqError
+from lutq.ops import choose_backend, working_backend
+from lutq.pack import Packed, dequantize, packed_shapes
+from lutq.paths import shipped
+from lutq.prepack import unpack_codes, unpack_records
+
+H200 = Gpu("NVIDIA H200", 132, 227 << 10, True)
+A100 = Gpu("NVIDIA A100", 108, 163 << 10, False)
+RTX = Gpu("NVIDIA GeForce RTX 3090", 82, 99 << 10, False)
+GPUS = [H200, A100, RTX]
+SOURCES = "\n".join(path.read_text() for path in sorted(shipped("kernels").glob("*.cu*")))
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+
+
+# The text of the kernels
+
+
+@functools.cache
+def found(pattern):
+    """The only match of a regular expression in the sources."""
+    matches = re.findall(pattern, SOURCES)
+    assert len(matches) == 1, f"{pattern!r} is {len(matches)} times in kernels/: {matches}"
+    return matches[0]
+
+
+def conditional(expression):
+    """`a ? b : c ? d : e` in Python."""
+    if "?" not in expression:
+        return expression
+    condition, rest = expression.split("?", 1)
+    yes, no = rest.split(":", 1)
+    return f"(({yes}) if ({condition}) else ({conditional(no)}))"
+
+
+@functools.cache
+def compiled(expression):
+    """A C++ expression of integers, conditions in brackets or alone, for Python's eval."""
+    expression = re.sub(r"\(size_t\)|\b(?:l|a|shape)\.", "", expression)
+    expression = expression.replace("||", " or ").replace("&&", " and ").replace("/", "//")
+    expression = re.sub(r"\(([^()]*\?[^()]*)\)", lambda match: conditional(match[1]), expression)
+    return compile(conditional(" ".join(expression.split())), expression, "eval")
+
+
+def value(expression, names):
+    return eval(compiled(expression), {"__builtins__": {}}, dict(names))
+
+
+def constants(declarations, names):
+    """`A = 1, B = A * 2` -> names with A and B."""
+    names = dict(names)
+    for declaration in declarations.split(","):
+        name, expression = declaration.split("=", 1)
+        names[name.strip()] = value(expression, names)
+    return names
+
+
+def kernel_constants():
+    names = constants(found(r"constexpr int (TILE = [^;]*);"), {})
+    return constants(found(r"constexpr int (MAX_THREADS = [^;]*);"), names)
+
+
+def modes():
+    """Rows that a launch takes at most -> its mode, as the kernels call it."""
+    return {rows: mode for mode, rows in constants(found(r"enum Mode \{([^}]*)\}"), {}).items()}
+
+
+def shared_bytes(N, K, M, mode, bits, group, how):
+    """What lut_gemm asks for, from its own expressions."""
+    names = kernel_constants() | {"BITS": bits, "M": M, **how._asdict()}
+    names |= {name: rows for rows, name in modes().items()} | {"MODE": mode}
+    divisor, large, small = found(
+        r"a\.group % (\d+) == 0 \? by_mode<BITS, GRID, (\d+)>\(a, l\) : by_mode<BITS, GRID, (\d+)>\(a, l\)"
+    )
+    names["H"] = int(large) if group % int(divisor) == 0 else int(small)
+    columns = found(r"(?s)struct Columns \{(.*?)\n\};")
+    for declaration in re.findall(r"constexpr (?:int|bool) ([^;]*);", columns):
+        names = constants(declaration, names)
+    for first in ("STAGES", "CODES", "STAGE"):
+        names = constants(found(rf"constexpr int ({first} = [^;]*);"), names)
+    scratch = found(r"constexpr int scratch_bytes\(bool split\) \{ return ([^;]*); \}")
+    names["scratch_bytes"] = lambda uses: value(scratch.replace("split", "uses"), {"uses": uses})
+    names["tiles"] = -(-N // names["TILE"])
+    launch = re.sub(r"//.*|Columns<[^<>]*>::", "", found(r"(?s)int launch\(const Linear& a, const Launch& l\) \{(.*?)\n\}"))
+    for declarations in re.findall(r"const (?:int|size_t) ([^;]*);", re.sub(r"Stream<[^<>]*>::", "", launch)):
+        names = constants(declarations, names)
+    return names["bytes"]
+
+
+def test_the_constants_are_those_of_the_kernels():
+    names = kernel_constants()
+    stages = constants(found(r"static constexpr int (STAGES = [^,]*)"), names)["STAGES"]
+    scratch = int(found(r"scratch_bytes\(bool split\) \{ return split \? (\d+) : 0; \}"))
+    assert (names["TILE"], names["UNIT"]) == (lutq.prepack.TILE, lutq.prepack.UNIT)
+    assert (names["MAX_THREADS"], scratch, stages) == (32 * lutq.cuda.MAX_WARPS, lutq.cuda.SCRATCH, lutq.cuda.STAGES)
+    assert modes() == {getattr(lutq.cuda, name): name for name in ("ONE", "FEW", "EIGHT")}
+
+
+def test_the_dtypes_and_grids_are_those_of_the_kernels():
+    dtypes = constants(found(r"enum Dtype \{([^}]*)\}"), {})
+    assert dtypes == {"F16": DTYPES[torch.float16], "BF16": DTYPES[torch.bfloat16], "F32": DTYPES[torch.float32]}
+    assert constants(found(r"enum Grid \{([^}]*)\}"), {}) == {name.upper(): number for name, number in GRIDS.items()}
+
+
+def test_arguments_are_the_struct():
+    body = re.sub(r"//[^\n]*", "", found(r"struct Linear \{([^}]*)\};"))
+    fields = []
+    for declaration in filter(None, map(str.strip, body.split(";"))):
+        kind, names = re.fullmatch(r"((?:const )?(?:unsigned )?\w+\*?)\s+([\w, ]+)", declaration).groups()
+        ctype = ctypes.c_void_p if kind.endswith("*") else {"int64_t": ctypes.c_int64, "int": ctypes.c_int}[kind]
+        fields += [(name.strip(), ctype) for name in names.split(",")]
+    assert Arguments._fields_ == fields
+
+
+# plan
+
+
+SHAPES = list(itertools.product((1, 16, 100, 4096, 14336, 128256), (1, 33, 512, 576, 4096, 14336)))
+
+
+def launches():
+    """Every number of rows in every mode that takes it."""
+    return [(M, mode) for mode in (ONE, FEW, EIGHT) for M in range(1, mode + 1)]
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_plans_fit(gpu, bits):
+    most = kernel_constants()["MAX_THREADS"]
+    for (N, K), group in itertools.product(SHAPES, (32, 128)):
+        for M, mode in launches():
+            how, about = plan(N, K, mode, bits, group, gpu), f"{gpu=} {N=} {K=} {M=} {mode=} {bits=} {group=}"
+            assert min(how) >= 1, f"{about} {how=}"
+            assert how.blocks % how.split == 0, f"{about} {how=}"
+            assert how.split == 1 or gpu.clusters, f"{about} {how=}"
+            assert how.k_warps * how.n_warps * 32 <= most, f"{about} {how=}"
+            assert how.blocks // how.split <= -(-N // 16), f"{about} {how=}"
+            needed = shared_bytes(N, K, M, mode, bits, group, how)
+            assert needed <= gpu.shared, f"{about} {how=} {needed=}"
+
+
+def test_shared_bytes_by_hand():
+    """The parsed formula once by hand, so that a wrong parse shows: two warps, 10 tiles for each of 100 clusters."""
+    ring = 4 * 2 * (3 * 512 + 2 * 4 * 32)
+    one = shared_bytes(16 * 1000, 4096, 1, ONE, 3, 128, lutq.cuda.Plan(100, 1, 2, 1))
+    assert one == 2 * (ring + 2048) + 11 * 2 * 16 * 4
+    eight = shared_bytes(16 * 1000, 4096, 7, EIGHT, 3, 128, lutq.cuda.Plan(200, 2, 2, 1))
+    assert eight == 2 * ring + 11 * (2 * 128 + 16 * 7) * 4
+    few = shared_bytes(16, 4096, 4, FEW, 1, 32, lutq.cuda.Plan(1, 1, 1, 1))
+    assert few == 4 * 2 * (512 + 8 * 2 * 32) + 2048 + 2 * 64 * 4
+
+
+def test_no_plan_says_what_to_do():
+    for M in (ONE, FEW, EIGHT):
+        with pytest.raises(
+            LutqError, match=r"Toy has too little shared memory for 4 bits in groups of 32: use --backend reference"
+        ):
+            plan(4096, 4096, M, 4, 32, Gpu("Toy", 10, 16 << 10, False))
+
+
+def test_rows_limit():
+    for bits in (1, 2, 3, 4):
+        unknown = rows_limit("Abacus 9000", bits)
+        assert unknown >= EIGHT, f"{bits=} {unknown=}"
+        assert rows_limit("", bits) == unknown, f"{bits=}"
+        assert rows_limit("NVIDIA H200", bits) >= EIGHT, f"{bits=}"
+
+
+# aligned
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_aligned(dtype):
+    base = torch.arange(4096.0).to(dtype)
+    assert base.data_ptr() % 16 == 0, "torch aligns its tensors"
+    per_16 = 16 // dtype.itemsize
+    cases = {  # x, whether it may be used as it is
+        "contiguous": (base[:320].view(5, 64), True),
+        "rows apart": (base[:640].view(5, 128)[:, :64], True),
+        "one row": (base[:64].view(1, 64), True),
+        "rows the same": (base[:64].expand(5, 64), True),
+        "an aligned offset": (base[per_16 : per_16 + 320].view(5, 64), True),
+        "an odd offset": (base[1:321].view(5, 64), False),
+        "K % 8": (base[:320].view(8, 40)[:, :36], False),
+        "K = 1": (base[:5].view(5, 1), False),
+        "rows 68 apart": (base[:340].view(5, 68)[:, :64], False),
+        "transposed": (base[:320].view(64, 5).T, False),
+        "every other input": (base[:640].view(5, 128)[:, ::2], False),
+        "no rows": (base[:0].view(0, 64), True),
+    }
+    for name, (x, as_it_is) in cases.items():
+        ready, about = aligned(x), f"{name} {dtype=}"
+        assert torch.equal(ready, x), about
+        assert ready.dtype == dtype, about
+        assert ready.stride(1) == 1, f"{about} {ready.stride()=}"
+        assert ready.stride(0) % 8 == 0, f"{about} {ready.stride()=}"
+        assert ready.data_ptr() % 16 == 0, about
+        assert not as_it_is or ready is x, f"{about}: copied in vain"
+        if not as_it_is:
+            rest = ready.as_strided((ready.shape[0], ready.stride(0)), ready.stride())[:, x.shape[1] :]
+            assert not rest.any(), f"{about}: what pads K is not zero"
+
+
+# multiply, prepack and check, on the stand-in
+
+
+def random_packed(N, K, layer, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    shapes = packed_shapes(N, K, layer)
+    tensors = {"codes": torch.randint(-(2**31), 2**31, shapes["codes"][0], generator=random).to(torch.int32)}
+    tensors["scales"] = (torch.rand(shapes["scales"][0], generator=random) + 0.1).half()
+    if "offsets" in shapes:
+        tensors["offsets"] = torch.randn(shapes["offsets"][0], generator=random).half()
+    if "zero_points" in shapes:
+        tensors["zero_points"] = torch.randint(0, 2**layer.bits, shapes["zero_points"][0], generator=random, dtype=torch.uint8)
+    return Packed(**tensors)
+
+
+def at(address, dtype, *shape):
+    """A tensor over memory, as a kernel would see it."""
+    count = torch.Size(shape).numel()
+    return torch.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype=dtype).view(shape)
+
+
+class StandIn:
+    """lutq_lut_gemm_Nbit and lutq_dequantize in float64; `calls` are (name, M or rows)."""
+
+    def __init__(self, factor=1.0):
+        self.calls, self.factor = [], factor
+
+    def weight(self, a):
+        layer = LayerConfig(a.bits, a.group, next(name for name, n in GRIDS.items() if n == a.grid), bool(a.offsets))
+        T, U, G = -(-a.N // 16), -(-a.K // 256), -(-a.K // a.group)
+        record = 32 * (a.bits + a.offsets) if layer.grid == "bcq" else 32 + 16 * a.offsets
+        codes, records = at(a.codes, torch.int32, T + 1, 2 * U, 64 * a.bits), at(a.records, torch.uint8, T + 1, G, record)
+        packed = Packed(unpack_codes(codes, a.N, a.K), **unpack_records(records, a.N, a.K, layer))
+        return dequantize(*packed, a.group, layer.grid, a.K, torch.float64)
+
+    def __getattr__(self, name):
+        bits = int(re.fullmatch(r"lutq_lut_gemm_([1-4])bit", name)[1])
+        return functools.partial(self.lut_gemm, bits)
+
+    def lut_gemm(self, bits, reference, mode, blocks, split, k_warps, n_warps, stream):
+        a = reference._obj
+        assert a.bits == bits, f"{a.bits=} {bits=}"
+        self.calls.append(("lut_gemm", a.M))
+        x_dtype, y_dtype = list(DTYPES)[a.x_dtype], list(DTYPES)[a.y_dtype]
+        assert 1 <= a.M <= mode, f"{a.M=} {mode=}"
+        assert mode in (ONE, FEW) or (mode == EIGHT and x_dtype != torch.float32), f"{mode=} {x_dtype=}"
+        if x_dtype != torch.float32:  # read 16 bytes at a time
+            assert a.x % 16 == 0, f"{a.x=}"
+            assert a.M == 1 or a.x_stride % 8 == 0, f"{a.x_stride=}"
+        x = torch.stack([at(a.x + m * a.x_stride * x_dtype.itemsize, x_dtype, a.K) for m in range(a.M)])
+        y = self.factor * (x.double() @ self.weight(a).T)
+        if a.bias:
+            y += at(a.bias, list(DTYPES)[a.bias_dtype], a.N)
+        at(a.y, y_dtype, a.M, a.N).copy_(y)
+        return 0
+
+    def lutq_dequantize(self, reference, first, last, stream):
+        a = reference._obj
+        w = self.weight(a)[16 * first : 16 * last]
+        self.calls.append(("dequantize", len(w)))
+        at(a.y, list(DTYPES)[a.y_dtype], *w.shape).copy_(w)
+        return 0
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A StandIn in the place of the library, on the CPU."""
+    library = StandIn()
+    monkeypatch.setattr(lutq.cuda, "kernels", lambda device: library)
+    monkeypatch.setattr(lutq.cuda, "properties", lambda device: H200)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype=None: mm(a.to(out_dtype or a.dtype), b.to(out_dtype or b.dtype)))
+    return library
+
+
+def multiply(x, packed, layer, bias=None, dtype=None):
+    ready = prepack(packed, layer)
+    return lutq.cuda.multiply(x, ready.codes, ready.records, bias, packed.codes.shape[1], layer, ready.wide, dtype)
+
+
+def expected_calls(M, K, dtype, bits):
+    """Launches of lut_gemm by their rows; None where W is dequantized. See the table in lutq/cuda.py."""
+    at_once = 4 if M <= 4 or dtype == torch.float32 or K < FEW_INPUTS else 8
+    if max(4, rows_limit(H200.name, bits) * at_once // 8) < M:
+        return None
+    return [min(at_once, M - first) for first in range(0, M, at_once)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("grid", ["bcq", "uniform"])
+@pytest.mark.parametrize("offsets", [False, True])
+def test_multiply(stand_in, dtype, grid, offsets, monkeypatch):
+    for bits, group, N, K in ((1, 0, 33, 100), (2, 32, 20, 64), (3, 128, 1, 300), (4, 96, 50, 1100)):
+        layer = LayerConfig(bits, group, grid, offsets)
+        packed = random_packed(N, K, layer)
+        W = dequantize(*packed, group, grid, K, torch.float64)
+        monkeypatch.setattr(lutq.cuda, "SLICE", K * 16 * 2)  # two tiles at a time
+        monkeypatch.setattr(lutq.cuda, "SMALL", 0)
+        for M, bias in itertools.product((1, 4, 5, 16, 17, 48, 49, 100), (False, True)):
+            x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype)
+            b = torch.randn(N, generator=torch.Generator().manual_seed(M)).to(dtype) if bias else None
+            stand_in.calls.clear()
+            y, about = multiply(x, packed, layer, b, torch.float32), f"{dtype=} {layer=} {N=} {K=} {M=} {bias=}"
+            wanted = x.double() @ W.T + (0 if b is None else b.double())
+            scale = x.double().abs() @ W.abs().T
+            error = ((y.double() - wanted).abs() / scale).max().item()
+            assert (y.shape, y.dtype) == ((M, N), torch.float32), about
+            pieces = expected_calls(M, K, dtype, bits)
+            assert error < (1e-6 if pieces or dtype == torch.float32 else 5e-4), f"{about} {error=}"
+            if pieces:
+                assert stand_in.calls == [("lut_gemm", rows) for rows in pieces], f"{about} {stand_in.calls=}"
+            else:
+                slices = [("dequantize", min(32, N - first)) for first in range(0, N, 32)]
+                assert stand_in.calls == slices, f"{about} {stand_in.calls=}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_multiply_takes_any_strides_and_shapes(stand_in, dtype):
+    N, K, layer = 20, 104, LayerConfig(3, 32)
+    packed = random_packed(N, K, layer)
+    W = dequantize(*packed, 32, "bcq", K, torch.float64)
+    base = torch.randn(40 * K + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    inputs = {
+        "vector": base[:K],
+        "3-D": base[: 6 * K].view(2, 3, K),
+        "transposed": base[: 6 * K].view(K, 6).T,
+        "batch and tokens exchanged": base[: 6 * K].view(2, 3, K).transpose(0, 1),
+        "every other input": base[: 6 * K].view(3, 2 * K)[:, ::2],
+        "every other row": base[: 6 * K].view(6, K)[::2],
+        "odd offset": base[1 : 6 * K + 1].view(6, K),
+        "expanded": base[:K].expand(2, 3, K),
+        "no rows": base[:0].view(0, K),
+        "no rows of 3": base[:0].view(0, 3, K),
+    }
+    for name, x in inputs.items():
+        y, about = multiply(x, packed, layer), f"{name} {dtype=}"
+        assert (y.shape, y.dtype) == ((*x.shape[:-1], N), dtype), f"{about} {y.shape=} {y.dtype=}"
+        assert torch.equal(y, (x.double() @ W.T).to(dtype)), about
+
+
+def test_bf16_that_fp16_cannot_hold(stand_in, monkeypatch):
+    """W dequantized: rows of x as large and as small as bf16 has them, and a row of zeros."""
+    monkeypatch.setattr(lutq.cuda, "SMALL", 0)
+    N, K, M, layer = 20, 104, 100, LayerConfig(3, 32)
+    packed = random_packed(N, K, layer)
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[0] *= 1e34
+    x[1] *= 1e-30
+    x[2] = 0
+    y = multiply(x, packed, layer, dtype=torch.float32).double()
+    wanted = x.double() @ dequantize(*packed, 32, "bcq", K, torch.float64).T
+    assert stand_in.calls == [("dequantize", N)]
+    assert not y[2].any()
+    wanted[2] = y[2] + 1e-30  # so that no norm is 0
+    errors = (y - wanted).norm(dim=1) / wanted.norm(dim=1)
+    assert errors[[0, 1, *range(3, M)]].max() < 5e-4, f"{errors=}"
+
+
+@pytest.mark.parametrize(
+    ("layer", "scale", "wide"),
+    [
+        (LayerConfig(3, 32), 1.0, False),
+        (LayerConfig(3, 32), 2.0e4, False),
+        (LayerConfig(3, 32), 2.2e4, True),
+        (LayerConfig(3, 32, offsets=False), 2.2e4, True),
+        (LayerConfig(4, 32, "uniform"), 250.0, False),
+        (LayerConfig(4, 32, "uniform"), 257.0, True),
+        (LayerConfig(4, 32, "uniform", False), 4000.0, False),
+        (LayerConfig(4, 32, "uniform", False), 65504.0, True),
+        (LayerConfig(3, 32), float("inf"), True),
+        (LayerConfig(3, 32), float("nan"), True),
+    ],
+)
+def test_wide(layer, scale, wide):
+    packed = random_packed(20, 100, layer)
+    packed.scales.fill_(-0.0)
+    packed.scales[:, 7, 2] = -scale
+    if packed.offsets is not None:
+        packed.offsets.fill_(1)
+    assert prepack(packed, layer).wide is wide, f"{layer=} {scale=}"
+    largest = dequantize(*packed, 32, layer.grid, 100, torch.float64).abs().max().item()
+    assert wide or largest <= 65504, f"{layer=} {scale=} {largest=}"
+
+
+@pytest.mark.parametrize("grid", ["bcq", "uniform"])
+@pytest.mark.parametrize("M", [1, 100])
+def test_wide_weights_stay_finite(stand_in, grid, M):
+    layer = LayerConfig(3, 32, grid)
+    packed = random_packed(20, 100, layer)
+    packed.scales.fill_(6e4)
+    x = torch.randn(M, 100, generator=torch.Generator().manual_seed(0)).half()
+    y = multiply(x, packed, layer, dtype=torch.float32)
+    wanted = x.double() @ dequantize(*packed, 32, grid, 100, torch.float64).T
+    assert (y.double() - wanted).norm() / wanted.norm() < 1e-6
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.999, 0.0, float("nan")])
+def test_the_check_of_a_new_library(stand_in, factor, monkeypatch):
+    stand_in.factor = factor
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Toy")
+    wrong = pytest.raises(LutqError, match=r"the CUDA kernels give wrong results on Toy \(off by .*\): use --backend reference")
+    with contextlib.nullcontext() if factor == 1 else wrong:
+        lutq.cuda.check(stand_in, torch.device("cpu"))
+
+
+def test_a_launch_that_fails_is_an_error(stand_in, monkeypatch):
+    packed, layer = random_packed(20, 100, LayerConfig(3, 32)), LayerConfig(3, 32)
+    for name, M in (("lutq_lut_gemm_3bit", 1), ("lutq_dequantize", 100)):
+        with monkeypatch.context() as patch:
+            patch.setattr(stand_in, name, lambda *arguments: 98, raising=False)
+            with pytest.raises(RuntimeError, match="could not be launched: error 98"):
+                multiply(torch.ones(M, 100).half(), packed, layer)
+
+
+def test_kernel_order_by_hand(stand_in):
+    """The type that prepack returns, and that `from_canonical` is the same product."""
+    layer = LayerConfig(2, 0, "uniform")
+    packed, x = random_packed(20, 100, layer), torch.ones(3, 100)
+    ready = prepack(packed, layer)
+    assert isinstance(ready, Prepacked)
+    assert (ready.codes.shape, ready.records.shape) == ((3, 2, 128), (3, 1, 48)), f"{ready.codes.shape=} {ready.records.shape=}"
+    bias = torch.ones(20)
+    y = lutq.cuda.from_canonical(x, *packed, bias, 0, "uniform")
+    assert torch.equal(y, multiply(x, packed, layer, bias))
+
+
+# Which backend
+
+
+class Toolchain:
+    """A GPU that is not there, on a machine whose nvcc may be missing."""
+
+    def __init__(self, monkeypatch):
+        self.set = monkeypatch.setattr
+        self.set(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+        self.set(torch.cuda, "get_device_name", lambda *device: "Toy")
+        self.compiler(False)
+
+    def compiler(self, there):
+        self.set("lutq.build.library_path", lambda *_: (None, "the kernels are not compiled for sm_90 yet"))
+        self.set("lutq.compiler.find_compiler", lambda: "nvcc" if there else None)
+        self.set("lutq.compiler.host_compiler", lambda: "g++" if there else None)
+
+    def kernels(self, work):
+        def kernels(device):
+            if isinstance(work, Exception):
+                raise work
+
+        self.compiler(True)
+        self.set(lutq.cuda, "kernels", kernels)
+
+
+@pytest.fixture
+def toolchain(monkeypatch):
+    working_backend.cache_clear()
+    monkeypatch.setattr(lutq.ops, "failed", {})
+    yield Toolchain(monkeypatch)
+    working_backend.cache_clear()
+
+
+GPU = torch.device("cuda", 0)
+NO_COMPILER = r"not compiled for sm_90 yet, and there is no compiler; pip install 'lutq\[nvcc\]' and a C\+\+ compiler"
+
+
+def test_unknown_backend():
+    for choose in (choose_backend, working_backend):
+        with pytest.raises(LutqError, match=r"unknown backend 'abacus': use auto or reference, cuda"):
+            choose("abacus", torch.device("cpu"))
+
+
+def test_cuda_on_the_cpu():
+    for device in ("cpu", torch.device("cpu"), "meta"):
+        with pytest.raises(
+            LutqError, match=rf"backend 'cuda' needs a GPU and the device is {device}: use --device cuda, or --back"
+        ):
+            choose_backend("cuda", device)
+        assert choose_backend("auto", device)[0] == choose_backend("reference", device)[0] == "reference"
+
+
+def test_cuda_on_the_cpu_by_the_operator():
+    packed, layer = random_packed(20, 100, LayerConfig(3, 32)), LayerConfig(3, 32)
+    with pytest.raises(LutqError, match="needs a GPU"):
+        torch.ops.lutq.linear(torch.ones(1, 100), *packed, None, layer.group, layer.grid, "cuda")
+
+
+@pytest.mark.parametrize("verb", ["generate", "eval-ppl", "info"])
+def test_cuda_on_the_cpu_by_the_command(lutq_command, embedded, verb):
+    arguments = {"generate": ["hello", "--model", embedded], "eval-ppl": ["wikitext2", "--model", embedded], "info": [embedded]}
+    result = lutq_command(verb, *arguments[verb], "--backend", "cuda", "--device", "cpu")
+    assert result.returncode == 2, f"{verb} {result.stdout=} {result.stderr=}"
+    assert result.stderr.strip().endswith("use --device cuda, or --backend reference"), f"{verb} {result.stderr=}"
+    assert len(result.stderr.splitlines()) == 1, f"{verb} {result.stderr=}"
+
+
+def test_reference_is_given_as_asked(toolchain):
+    assert choose_backend("reference", "cuda") == ("reference", "as asked")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert working_backend("reference", GPU) == "reference"
+
+
+def test_a_gpu_without_compiler(toolchain):
+    name, why = choose_backend("auto", GPU)
+    assert name == "reference"
+    assert re.search(NO_COMPILER, why), why
+    for choose in (choose_backend, working_backend):
+        with pytest.raises(LutqError, match=NO_COMPILER):
+            choose("cuda", GPU)
+    with pytest.warns(UserWarning, match=NO_COMPILER) as caught:
+        assert [working_backend("auto", GPU) for _ in range(3)] == 3 * ["reference"]
+    assert len(caught) == 1, f"{[str(warning.message) for warning in caught]}"
+
+
+def test_an_old_gpu(toolchain, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (7, 5))
+    assert choose_backend("auto", GPU)[0] == "reference"
+    with pytest.raises(LutqError, match=r"Toy is older than compute capability 8\.0"):
+        choose_backend("cuda", GPU)
+
+
+def test_a_gpu_with_compiler(toolchain):
+    toolchain.kernels(work=True)
+    assert choose_backend("auto", GPU)[0] == choose_backend("cuda", GPU)[0] == "cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert working_backend("auto", GPU) == working_backend("cuda", GPU) == "cuda"
+
+
+def test_kernels_that_do_not_work(toolchain):
+    """As `choose_backend` could not know: `auto` warns once and remembers it, `cuda` raises, before and after."""
+    toolchain.kernels(work=LutqError("the CUDA kernels give wrong results on Toy: use --backend reference"))
+    assert choose_backend("auto", GPU)[0] == "cuda"
+    with pytest.raises(LutqError, match="wrong results on Toy: use"):
+        working_backend("cuda", GPU)
+    with pytest.warns(UserWarning, match="without its CUDA kernels: the CUDA kernels give wrong results on Toy: use") as caught:
+        assert [working_backend("auto", GPU) for _ in range(3)] == 3 * ["reference"]
+    assert len(caught) == 1, f"{[str(warning.message) for warning in caught]}"
+    name, why = choose_backend("auto", GPU)
+    assert name == "reference"
+    assert "wrong results on Toy" in why, why
+    with pytest.raises(LutqError, match="wrong results on Toy"):
+        working_backend("cuda", GPU)
+    assert choose_backend("auto", torch.device("cuda", 1))[0] == "cuda", "another GPU may do"
