@@ -53,9 +53,7 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|" + "---|" * len(MANY),
     ]
     for N, K in shapes:
-        ratios = [
-            " / ".join(f"{by_case[N, K, M, b]['us'] / by_case[N, K, M, b]['cublas_us']:.2f}" for b in bits) for M in MANY
-        ]
+        ratios = [" / ".join(f"{by_case[N, K, M, b]['us'] / by_case[N, K, M, b]['cublas_us']:.2f}" for b in bits) for M in MANY]
         lines.append(f"| {N}x{K} | " + " | ".join(ratios) + " |")
     return "\n".join(lines)
 

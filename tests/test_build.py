@@ -145,7 +145,7 @@ def fat(tmp_path_factory):
     return build(FAT_ARCHS, out=tmp_path_factory.mktemp("fat"))
 
 
-# Bytes of local memory that kernels for eight rows still use outside their loops on GPUs not measured yet; elsewhere none.
+# Bytes of local memory that a few kernels still use, outside their loops, on GPUs not measured yet; elsewhere none.
 LOCAL = {"sm_80": 288, "sm_100": 16, "sm_120": 16}
 
 
