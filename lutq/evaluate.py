@@ -60,7 +60,7 @@ class Perplexity:
         return (
             f"{self.model}: perplexity {self.perplexity:.2f}{error} "
             f"({self.windows} windows of {self.window}, protocol {self.protocol}, {self.dtype} on {self.device}, "
-            f"{self.tokens_per_second:,.0f} tokens/s)"
+            f"backend {self.backend}, {self.tokens_per_second:,.0f} tokens/s)"
         )
 
 
@@ -113,7 +113,7 @@ def measure(
     progress: bool = True,
 ) -> Perplexity:
     """Perplexity of a loaded model on a text. `name` is what the result calls the model. Raises LutqError."""
-    from lutq.linear import LutLinear
+    from lutq.linear import backend_of
 
     window = window_of(protocol, getattr(model.config, "max_position_embeddings", None))
     tokens = torch.tensor(tokenizer(text.text, verbose=False).input_ids, dtype=torch.int64)
@@ -127,7 +127,6 @@ def measure(
         raise LutqError(f"{name} gives NaN or infinite losses in {model.dtype}: try --dtype bfloat16 or float32")
     perplexity = math.exp(min(nll, 700))
     spread = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else None
-    quantized = next((module for module in model.modules() if isinstance(module, LutLinear)), None)
     bos = getattr(tokenizer, "bos_token_id", None)
     return Perplexity(
         model=name,
@@ -143,17 +142,10 @@ def measure(
         tokenizer=type(tokenizer).__name__,
         dtype=dtype_name(model.dtype),
         device=device_name(model.device),
-        backend=backend_of(quantized, model.device),
+        backend=backend_of(model),
         seconds=seconds,
         tokens_per_second=windows.numel() / seconds,
     )
-
-
-def backend_of(module: Any, device: str | torch.device) -> str:
-    """Backend that a LutLinear uses, or torch for a plain model."""
-    from lutq.ops import choose_backend
-
-    return "torch" if module is None else choose_backend(module.backend, device)[0]
 
 
 def evaluate(

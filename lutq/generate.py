@@ -12,6 +12,7 @@ import torch
 from transformers import TextStreamer
 
 from lutq.errors import LutqError
+from lutq.linear import backend_of
 from lutq.runtime import out_of_memory
 
 
@@ -54,13 +55,16 @@ class Generation:
     new_tokens: int
     prompt_seconds: float
     decode_seconds: float
+    backend: str
 
     def summary(self) -> str:
-        """Tokens per second of both phases."""
+        """Tokens per second of both phases, and what computed them."""
         prompt = f"prompt {self.prompt_tokens} tokens, {self.prompt_tokens / self.prompt_seconds:.1f} tokens/s"
+        backend = f"backend {self.backend}"
         if self.new_tokens < 2:
-            return prompt
-        return f"{prompt}; decode {self.new_tokens} tokens, {(self.new_tokens - 1) / self.decode_seconds:.1f} tokens/s"
+            return f"{prompt}; {backend}"
+        speed = (self.new_tokens - 1) / self.decode_seconds
+        return f"{prompt}; decode {self.new_tokens} tokens, {speed:.1f} tokens/s; {backend}"
 
 
 class TimedStreamer(TextStreamer):
@@ -125,4 +129,5 @@ def generate(
             ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=pad, **sampling.options()
         )
     first, last = streamer.times[1], streamer.times[-1]
-    return Generation("".join(streamer.pieces), ids.shape[1], output.shape[1] - ids.shape[1], first - begin, last - first)
+    text, new_tokens = "".join(streamer.pieces), output.shape[1] - ids.shape[1]
+    return Generation(text, ids.shape[1], new_tokens, first - begin, last - first, backend_of(model))

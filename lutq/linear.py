@@ -11,7 +11,7 @@ import torch
 
 from lutq.config import LayerConfig
 from lutq.errors import LutqError
-from lutq.ops import working_backend
+from lutq.ops import choose_backend, working_backend
 from lutq.pack import Packed, dequantize, packed_shapes
 
 
@@ -142,3 +142,11 @@ class LutLinear(torch.nn.Module):
         finally:
             for name, tensor in floats.items():
                 self._buffers[name] = self._buffers[name].view(tensor.dtype)
+
+
+def backend_of(model: torch.nn.Module) -> str:
+    """The backend that runs a model's quantized layers, or `torch` for a model without any."""
+    layer = next((module for module in model.modules() if isinstance(module, LutLinear)), None)
+    if layer is None:
+        return "torch"
+    return "cuda" if layer.kernel_codes is not None else choose_backend(layer.backend, layer.codes.device)[0]

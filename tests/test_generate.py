@@ -74,6 +74,8 @@ def test_streaming(model, tokenizer):
     assert result.decode_seconds > 0, f"{result}"
     assert f"prompt {result.prompt_tokens} tokens" in result.summary(), f"{result.summary()}"
     assert f"decode {result.new_tokens} tokens" in result.summary(), f"{result.summary()}"
+    assert result.summary().endswith(f"; backend {result.backend}"), f"{result.summary()}"
+    assert result.backend in ("reference", "torch"), f"{result.backend=}"
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
