@@ -84,6 +84,8 @@ class LutLinear(torch.nn.Module):
         """
         if self.kernel_codes is not None:
             return True
+        if self.is_offloaded():
+            return False
         if self.codes.device.type != "cuda" or self.backend == "reference":
             return False
         if torch.cuda.is_current_stream_capturing():
@@ -96,6 +98,11 @@ class LutLinear(torch.nn.Module):
         for name in Packed._fields:
             self._buffers[name] = None
         return True
+
+    def is_offloaded(self) -> bool:
+        """Whether accelerate moves the canonical tensors in for every product and out again, and so needs them."""
+        hook = getattr(self, "_hf_hook", None)
+        return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))
 
     def packed(self) -> Packed:
         """The canonical tensors: the buffers, or made from the kernel order."""

@@ -262,3 +262,22 @@ def test_repr_says_what_it_is():
     text = repr(random_layer(7, 100, LayerConfig(3, 32)))
     for part in ("100", "7", "bits=3", "group=32", "grid=bcq", "offsets=True", "bias=True"):
         assert part in text, f"{part=} {text=}"
+
+
+def test_layers_that_accelerate_offloads_stay_canonical():
+    from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
+
+    layer = LayerConfig(2, 32, "bcq", True)
+    for hook, offloaded in (
+        (AlignDevicesHook(execution_device="cpu", offload=True), True),
+        (SequentialHook(ModelHook(), AlignDevicesHook(execution_device="cpu", offload=True)), True),
+        (AlignDevicesHook(execution_device="cpu"), False),
+        (None, False),
+    ):
+        module = random_layer(16, 64, layer)
+        x = gaussian(2, 64)
+        before = module(x)
+        if hook is not None:
+            add_hook_to_module(module, hook)
+        assert module.is_offloaded() is offloaded, f"{hook=}"
+        assert torch.equal(module(x), before), f"{hook=}"
