@@ -3,12 +3,13 @@
 // A tile is 16 rows, a unit 256 inputs. T = ceil(N/16) tiles, U = ceil(K/256) units, G groups of g inputs (g % 32 == 0).
 //
 //   codes    bytes [T + 1][U][2][b * 256]: of 128 inputs, planes in pairs (0,1), (2,3): 512 bytes, 32 lanes x 4 words; a
-//            last odd plane alone: 256 bytes, 32 lanes x 2 words. A word is 8 nibbles, and a nibble two 2-bit indices, each the signs of two
-//            inputs, 2 p in the low bit and 2 p + 1 in the high one. Lane 4 r + q, half h of a word: row r + 8 h of the tile, 8 of 16 inputs:
+//            last odd plane alone: 256 bytes, 32 lanes x 2 words. A word is 8 nibbles, and a nibble two 2-bit indices, each
+//            the signs of two inputs, 2 p in the low bit and 2 p + 1 in the high one. Lane 4 r + q, half h of a word: row
+//            r + 8 h of the tile, 8 of 16 inputs:
 //            nibble j of half h: pair p = 4 (j % 2) + 2 (q % 2) + j / 2 of the 16 inputs 32 w + 16 (q / 2) + (0..15).
 //              pair of planes, word w: low index of plane i, high index of plane i + 1, w as above
 //              single plane, word v:   low index of w = 2 v, high index of w = 2 v + 1
-//            This is where the sparse tensor core (m16n8k32, fp16) looks for its indices; see lut_gemm.cu.
+//            This is where the sparse tensor core (m16n8k32, fp16) looks for its indices; see lut_gemm.cuh.
 //   records  bytes [T + 1][G][...], of one tile and group:
 //            bcq       per pair of planes 8 r x {scale i, scale i + 1 of row r; the same of row r + 8} (64 bytes);
 //                      per single plane, then per offset: 8 r x {row r, row r + 8} (32 bytes each)

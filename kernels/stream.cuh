@@ -53,7 +53,8 @@ template <int BITS, int H, int SPAN> struct Stream {
       const int second = block >= (unsigned)PIECES, piece = (int)block - second * PIECES;
 #pragma unroll
       for (int s = 0; s < SPAN; s++) {
-        const int g = min((int)((unsigned)((unit + s) * UNIT + piece * H) / (unsigned)a.group), shape.groups - 1);  // past K: any, x is 0
+        // past K: any group, x is 0
+        const int g = min((int)((unsigned)((unit + s) * UNIT + piece * H) / (unsigned)a.group), shape.groups - 1);
         const int at = (second * shape.groups + g) * shape.record + (int)(v - block * vectors) * 16;
         from[s][c] = block < 2u * PIECES ? at : -1;
       }

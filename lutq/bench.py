@@ -20,8 +20,8 @@ from lutq.config import LayerConfig, check_bits, check_group
 from lutq.cuda import kernels, prepack
 from lutq.errors import LutqError
 from lutq.runtime import out_of_memory
-from lutq.timing import Timing, copies, l2_bytes, read_ceiling, require_gpu
-from lutq.trial import check_product, random_packed, rotating, time_cublas, time_layer, traffic
+from lutq.timing import Timing, read_ceiling, require_gpu
+from lutq.trial import check_product, cold_copies, random_packed, time_cublas, time_layer, traffic
 
 SHAPES = ("4096x4096", "14336x4096", "4096x14336", "8192x8192", "28672x8192", "49152x12288")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -169,7 +169,7 @@ def measure_shape(
     for layer in layers:
         packed = random_packed(N, K, layer, gpu)
         first = prepack(packed, layer)
-        ready = rotating(first, copies(first.codes.nbytes + first.records.nbytes, l2_bytes(gpu)))
+        ready = cold_copies(first)
         for M in rows:
             error = check_product(packed, first, torch.randn(M, K, dtype=torch.float16, device=gpu), layer)
             timing = time_layer(ready, N, K, M, layer, repeats)

@@ -17,6 +17,7 @@ import ctypes
 import functools
 import json
 from math import ceil
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from lutq.config import LayerConfig
 from lutq.errors import LutqError
 from lutq.pack import Packed, dequantize, packed_shapes
 from lutq.paths import shipped
-from lutq.prepack import TILE, pack_codes, pack_records, tiles, units
+from lutq.prepack import TILE, UNIT, pack_codes, pack_records, tiles, units
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 GRIDS = {"bcq": 0, "uniform": 1}
@@ -98,7 +99,7 @@ def check(found: ctypes.CDLL, device: torch.device) -> None:
     x = torch.randn(1, 544, generator=generator).half().to(device)
     y = torch.empty(1, 64, device=device)
     ready = prepack(packed, layer)
-    run_lut(found, arguments(x, ready.codes, ready.records, None, y, layer), ONE, properties(device))
+    run_lut(found, arguments(x, ready, None, y, layer), ONE, properties(device))
     wanted = x.double() @ dequantize(*packed, layer.group, layer.grid, 544, torch.float64).T
     difference = ((y.double() - wanted).norm() / wanted.norm()).item()
     if not difference < 1e-5:
@@ -168,6 +169,11 @@ def plan(N: int, K: int, mode: int, bits: int, group: int, gpu: Gpu) -> Plan:
     return best[1]
 
 
+def user_table() -> Path:
+    """Where `lutq bench kernel --tune` puts what it measured; the file need not exist."""
+    return cache_folder() / "gpus.json"
+
+
 @functools.cache
 def rows_limit(name: str, bits: int) -> int:
     """Up to how many rows lut_gemm beats dequantizing on this GPU.
@@ -175,19 +181,17 @@ def rows_limit(name: str, bits: int) -> int:
     Measured by `lutq bench kernel --tune`, whose table in the user's cache goes before configs/gpus.json.
     """
     table = json.loads((shipped("configs") / "gpus.json").read_text())
-    own = cache_folder() / "gpus.json"
+    own = user_table()
     table |= json.loads(own.read_text()) if own.is_file() else {}
     return table.get(name, table["default"])[str(bits)]
 
 
-def arguments(
-    x: torch.Tensor, codes: torch.Tensor, records: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig
-) -> Arguments:
+def arguments(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> Arguments:
     """Of one launch. x [M, K], y [M, N]."""
     (M, K), N = x.shape, y.shape[-1]
     return Arguments(
-        codes.data_ptr(),
-        records.data_ptr(),
+        ready.codes.data_ptr(),
+        ready.records.data_ptr(),
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
@@ -195,7 +199,7 @@ def arguments(
         N,
         K,
         M,
-        layer.group or 256 * units(K),
+        layer.group or UNIT * units(K),
         layer.bits,
         GRIDS[layer.grid],
         int(layer.offsets),
@@ -230,12 +234,10 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 
 def multiply(
     x: torch.Tensor,
-    codes: torch.Tensor,
-    records: torch.Tensor,
+    ready: Prepacked,
     bias: torch.Tensor | None,
     N: int,
     layer: LayerConfig,
-    wide: bool,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The product x [..., K] W^T + bias -> [..., N] in `dtype`, or in that of x (fp16, bf16, fp32).
@@ -246,8 +248,10 @@ def multiply(
     for tensor in (x, bias):
         if tensor is not None and tensor.dtype not in DTYPES:
             raise LutqError(f"the CUDA kernels take float16, bfloat16 and float32, not {tensor.dtype}: use --backend reference")
-    if codes.shape[1] != 2 * units(K):
-        raise LutqError(f"x has {K} features and the weight {128 * codes.shape[1]} in whole units: check the model's config")
+    if ready.codes.shape[1] != 2 * units(K):
+        raise LutqError(
+            f"x has {K} features and the weight {128 * ready.codes.shape[1]} in whole units: check the model's config"
+        )
     y = torch.empty(*x.shape[:-1], N, dtype=dtype or x.dtype, device=device)
     if y.numel() == 0:
         return y
@@ -255,10 +259,10 @@ def multiply(
     with torch.cuda.device(device):
         mode = lut_mode(rows)
         limit = max(FEW, rows_limit(properties(device).name, layer.bits) * max(mode, FEW) // EIGHT)
-        if rows.shape[0] > limit or (wide and layer.grid == "uniform"):  # lut_gemm takes 8 times a uniform step into fp16
-            multiply_dense(rows, codes, records, bias, out, layer, wide)
+        if rows.shape[0] > limit or (ready.wide and layer.grid == "uniform"):  # lut_gemm takes 8 times a uniform step into fp16
+            multiply_dense(rows, ready, bias, out, layer)
         else:
-            multiply_lut(rows, codes, records, bias, out, layer)
+            multiply_lut(rows, ready, bias, out, layer)
     return y
 
 
@@ -270,33 +274,18 @@ def lut_mode(x: torch.Tensor) -> int:
     return FEW if M <= FEW or K < FEW_INPUTS or x.dtype == torch.float32 else EIGHT
 
 
-def multiply_lut(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    records: torch.Tensor,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    layer: LayerConfig,
-) -> None:
+def multiply_lut(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> None:
     """Fill y [M, N], contiguous, by lut_gemm on the current device, as many rows at a time as its mode takes."""
     found, gpu, mode, x = kernels(x.device), properties(x.device), lut_mode(x), aligned(x)
     for begin in range(0, x.shape[0], mode):
         part = slice(begin, begin + mode)
-        run_lut(found, arguments(x[part], codes, records, bias, y[part], layer), mode, gpu)
+        run_lut(found, arguments(x[part], ready, bias, y[part], layer), mode, gpu)
 
 
-def multiply_dense(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    records: torch.Tensor,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    layer: LayerConfig,
-    wide: bool,
-) -> None:
+def multiply_dense(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> None:
     """Fill y [M, N] by dequantizing W a slice of rows at a time. bf16 x is scaled by a power of two per row into fp16."""
     (_, K), N = x.shape, y.shape[1]
-    precise = wide or x.dtype == torch.float32 or N * K < SMALL
+    precise = ready.wide or x.dtype == torch.float32 or N * K < SMALL
     scale = None
     if precise:
         x = x.float()
@@ -311,7 +300,7 @@ def multiply_dense(
         last = min(tiles(N), first + step)
         part = slice(first * TILE, min(N, last * TILE))
         w = torch.empty(part.stop - part.start, K, dtype=torch.float32 if precise else torch.float16, device=x.device)
-        a = arguments(x, codes, records, None, y, layer)
+        a = arguments(x, ready, None, y, layer)
         a.y, a.y_dtype = w.data_ptr(), DTYPES[w.dtype]
         launched(kernels(x.device).lutq_dequantize(ctypes.byref(a), first, last, stream))
         if direct:
@@ -324,19 +313,3 @@ def multiply_dense(
         if scale is not None:
             product *= scale
         y[:, part] = product if bias is None else product + bias[part]
-
-
-def from_canonical(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor | None,
-    zero_points: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    group: int,
-    grid: str,
-) -> torch.Tensor:
-    """The backend on canonical tensors: reorders them at every call, so only LutLinear, which keeps them so, is fast."""
-    layer = LayerConfig(codes.shape[0], group, grid, offsets is not None or zero_points is not None)
-    ready = prepack(Packed(codes, scales, offsets, zero_points), layer)
-    return multiply(x, ready.codes, ready.records, bias, codes.shape[1], layer, ready.wide)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from lutq.config import LayerConfig
 from lutq.errors import LutqError
-from lutq.pack import dequantize, words
+from lutq.pack import Packed, dequantize, words
 
 library = torch.library.Library("lutq", "DEF")
 library.define(
@@ -34,37 +34,20 @@ library.define(
 )
 
 
-def reference(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor | None,
-    zero_points: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    group: int,
-    grid: str,
-) -> torch.Tensor:
+def reference(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, group: int, grid: str) -> torch.Tensor:
     """Unpack this layer's weight in the dtype of x (fp32 arithmetic, rounded once), then an ordinary product.
 
     Works on every device and needs no compiler; it is the oracle of every other backend.
     """
-    return F.linear(x, dequantize(codes, scales, offsets, zero_points, group, grid, x.shape[-1], x.dtype), bias)
+    return F.linear(x, dequantize(*packed, group, grid, x.shape[-1], x.dtype), bias)
 
 
-def cuda(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor | None,
-    zero_points: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    group: int,
-    grid: str,
-) -> torch.Tensor:
-    """The CUDA kernels on canonical tensors."""
-    from lutq.cuda import from_canonical
+def cuda(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, group: int, grid: str) -> torch.Tensor:
+    """The CUDA kernels. Reorders the weight at every call, so only LutLinear, which keeps it so, is fast."""
+    from lutq.cuda import multiply, prepack
 
-    return from_canonical(x, codes, scales, offsets, zero_points, bias, group, grid)
+    layer = LayerConfig(packed.codes.shape[0], group, grid, packed.offsets is not None or packed.zero_points is not None)
+    return multiply(x, prepack(packed, layer), bias, packed.codes.shape[1], layer)
 
 
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"reference": reference, "cuda": cuda}
@@ -156,7 +139,7 @@ def linear(
     """The operator's implementation: hand over to the chosen backend."""
     check_width(x, codes)
     name = working_backend(backend, x.device)
-    return BACKENDS[name](x, codes, scales, offsets, zero_points, bias, group, grid)
+    return BACKENDS[name](x, Packed(codes, scales, offsets, zero_points), bias, group, grid)
 
 
 def linear_prepacked(
@@ -173,9 +156,9 @@ def linear_prepacked(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The operator's implementation on a GPU, see lutq/cuda.py."""
-    from lutq.cuda import multiply
+    from lutq.cuda import Prepacked, multiply
 
-    return multiply(x, codes, records, bias, N, LayerConfig(bits, group, grid, offsets), wide, dtype)
+    return multiply(x, Prepacked(codes, records, wide), bias, N, LayerConfig(bits, group, grid, offsets), dtype)
 
 
 def linear_shape(x: torch.Tensor, codes: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

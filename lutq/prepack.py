@@ -4,8 +4,7 @@
     scales, offsets or zero_points     <->  records [T + 1, G, bytes] uint8   G groups of g inputs
 
 The order is a permutation of bits and scales and what pads N and K is 0, so the way back is exact. One spare tile of zeros
-ends both: the kernels read two tiles at a time. Works on any device,
-a few tiles at a time.
+ends both: the kernels read two tiles at a time. Works on any device, a few tiles at a time.
 """
 
 import torch

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 
 import lutq.ops  # noqa: F401, registers the operator
 from lutq.config import LayerConfig
-from lutq.cuda import FEW, Prepacked, multiply_dense, multiply_lut, properties, rows_limit
+from lutq.cuda import FEW, Prepacked, multiply_lut, properties, rows_limit
 from lutq.errors import LutqError
 from lutq.pack import Packed, dequantize, packed_shapes
 from lutq.prepack import TILE, tiles
 from lutq.timing import CHAINED_ROWS, REPLAYS, Chain, Timing, copies, expected_us, l2_bytes, launches, time_graph
 
 CHECKED_ROWS = 256  # of W at most, in whole tiles
-EXACT_ROWS = 4  # up to so many rows of x products are nearly exact
 
 
 def traffic(N: int, K: int, M: int, layer: LayerConfig) -> int:
@@ -66,7 +65,7 @@ def check_product(packed: Packed, ready: Prepacked, x: torch.Tensor, layer: Laye
     """
     (M, K), N = x.shape, packed.codes.shape[1]
     rows = checked_rows(N)
-    exact = M <= EXACT_ROWS
+    exact = M <= FEW
     y = product(x, ready, N, layer, torch.float32)[:, rows].double()  # before the last rounding
     wanted = x.double() @ dequantize(*select(packed, rows), layer.group, layer.grid, K, torch.float64).T
     error = ((y - wanted).norm(dim=1) / wanted.norm(dim=1)).max().item()
@@ -81,14 +80,9 @@ def rotating(ready: Prepacked, count: int) -> list[Prepacked]:
     return [ready, *(Prepacked(ready.codes.clone(), ready.records.clone(), ready.wide) for _ in range(count - 1))]
 
 
-def lut_into(x: torch.Tensor, ready: Prepacked, y: torch.Tensor, layer: LayerConfig) -> None:
-    """Put x W^T into y [M, N] by lut_gemm."""
-    multiply_lut(x, ready.codes, ready.records, None, y, layer)
-
-
-def dense_into(x: torch.Tensor, ready: Prepacked, y: torch.Tensor, layer: LayerConfig) -> None:
-    """Put x W^T into y [M, N] by dequantizing W."""
-    multiply_dense(x, ready.codes, ready.records, None, y, layer, ready.wide)
+def cold_copies(first: Prepacked) -> list[Prepacked]:
+    """So many copies of a layer that going through them in turn finds none in the L2 cache."""
+    return rotating(first, copies(first.codes.nbytes + first.records.nbytes, l2_bytes(first.codes.device)))
 
 
 def chained(M: int, limit: int) -> bool:
@@ -106,7 +100,7 @@ def time_layer(ready: list[Prepacked], N: int, K: int, M: int, layer: LayerConfi
     chain = Chain(M, N, K, device)
 
     def launch(i: int) -> None:
-        lut_into(chain.x(i), ready[i % n], chain.y(i), layer)
+        multiply_lut(chain.x(i), ready[i % n], None, chain.y(i), layer)
 
     timing = time_graph(launch, count, repeats, chain.reset)
     chain.check()

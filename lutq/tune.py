@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from lutq.bench import layer_of
-from lutq.build import cache_folder, writing
+from lutq.build import writing
 from lutq.config import LayerConfig
-from lutq.cuda import Prepacked, prepack, rows_limit
+from lutq.cuda import Prepacked, multiply_dense, multiply_lut, prepack, rows_limit, user_table
 from lutq.errors import LutqError
 from lutq.report import table
-from lutq.timing import copies, expected_us, l2_bytes, launches, require_gpu, time_graph
-from lutq.trial import dense_into, lut_into, random_packed, rotating, traffic
+from lutq.timing import expected_us, launches, require_gpu, time_graph
+from lutq.trial import cold_copies, random_packed, traffic
 
 N, K, GROUP = 8192, 8192, 128
 ROWS = (*range(8, 64, 8), *range(64, 257, 16))
@@ -38,11 +38,6 @@ def threshold(times: dict[int, tuple[float, float]]) -> int:
         return sum(math.log(dense if limit < M else lut) for M, (lut, dense) in times.items())
 
     return min(times, key=cost)
-
-
-def user_table() -> Path:
-    """Where the limits go; the file need not exist."""
-    return cache_folder() / "gpus.json"
 
 
 def merge(file: Path, name: str, limits: dict[str, int]) -> None:
@@ -67,8 +62,8 @@ def measure(ready: list[Prepacked], layer: LayerConfig, M: int, repeats: int) ->
     x = torch.randn(M, K, dtype=torch.float16, device=device)
     y = torch.empty(M, N, dtype=torch.float16, device=device)
     count = launches(M, expected_us(traffic(N, K, M, layer), M, N, K), n)
-    lut = time_graph(lambda i: lut_into(x, ready[i % n], y, layer), count, repeats)
-    dense = time_graph(lambda i: dense_into(x, ready[i % n], y, layer), count, repeats)
+    lut = time_graph(lambda i: multiply_lut(x, ready[i % n], None, y, layer), count, repeats)
+    dense = time_graph(lambda i: multiply_dense(x, ready[i % n], None, y, layer), count, repeats)
     return lut.us, dense.us
 
 
@@ -96,8 +91,7 @@ def tune(repeats: int = 20, device: str = "auto", echo: Callable[[str], Any] = p
     with torch.cuda.device(gpu):
         for bits in BITS:
             layer = layer_of(bits, "auto", GROUP)
-            first = prepack(random_packed(N, K, layer, gpu), layer)
-            ready = rotating(first, copies(first.codes.nbytes + first.records.nbytes, l2_bytes(gpu)))
+            ready = cold_copies(prepack(random_packed(N, K, layer, gpu), layer))
             times[bits] = {M: measure(ready, layer, M, repeats) for M in ROWS}
     limits = {str(bits): threshold(by_rows) for bits, by_rows in times.items()}
     merge(user_table(), name, limits)

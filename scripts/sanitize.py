@@ -31,7 +31,7 @@ def main() -> None:
         ready = prepack(random_packed(N, K, layer, device), layer)
         for M, dtype in ((1, torch.float16), (3, torch.float32), (7, torch.bfloat16), (200, torch.float16)):
             x = torch.randn(M, K, device=device).to(dtype)
-            multiply(x, ready.codes, ready.records, None, N, layer, ready.wide)
+            multiply(x, ready, None, N, layer)
             cases += 1
     torch.cuda.synchronize()
     print(f"{cases} cases")

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lutq.pack import Packed, packed_shapes
 from lutq.paths import ASSETS
 
 OPT_TINY = ASSETS / "opt-tiny"
@@ -219,3 +220,16 @@ def start_lutq(fork_server, tmp_path, tmp_path_factory):
 def lutq_command(start_lutq):
     """`lutq_command(*args)`: `start_lutq` and wait; a CompletedProcess."""
     return lambda *args, **options: start_lutq(*args, **options).wait()
+
+
+def random_packed(N, K, layer, seed=0, device="cpu"):
+    """Random canonical tensors of a matrix [N, K]; where K % 32, bits past K are random too."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = packed_shapes(N, K, layer)
+    tensors = {"codes": torch.randint(-(2**31), 2**31, shapes["codes"][0], generator=random).to(torch.int32)}
+    tensors["scales"] = (torch.rand(shapes["scales"][0], generator=random) + 0.1).half()
+    if "offsets" in shapes:
+        tensors["offsets"] = torch.randn(shapes["offsets"][0], generator=random).half()
+    if "zero_points" in shapes:
+        tensors["zero_points"] = torch.randint(0, 2**layer.bits, shapes["zero_points"][0], generator=random, dtype=torch.uint8)
+    return Packed(**{name: tensor.to(device) for name, tensor in tensors.items()})

@@ -328,7 +328,7 @@ def test_launches_of_tune(monkeypatch, launched):
     dense = []
     monkeypatch.setattr(lutq.tune, "N", 48)
     monkeypatch.setattr(lutq.tune, "K", 1024)
-    monkeypatch.setattr(lutq.trial, "multiply_dense", lambda x, codes, *_: dense.append((x.shape[0], codes.data_ptr())))
+    monkeypatch.setattr(lutq.tune, "multiply_dense", lambda x, w, *_: dense.append((x.shape[0], w.codes.data_ptr())))
     layer = layer_of(4, "auto", 32)
     ready = rotating(prepack(random_packed(48, 1024, layer, CPU), layer), 2)
     assert lutq.tune.measure(ready, layer, 40, 5) == (1.0, 1.0)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import random_packed
 
 import lutq.cuda
 import lutq.ops
@@ -21,7 +22,7 @@ from lutq.config import LayerConfig
 from lutq.cuda import DTYPES, EIGHT, FEW, FEW_INPUTS, GRIDS, ONE, Arguments, Gpu, Prepacked, aligned, plan, prepack, rows_limit
 from lutq.errors import LutqError
 from lutq.ops import choose_backend, working_backend
-from lutq.pack import Packed, dequantize, packed_shapes
+from lutq.pack import Packed, dequantize
 from lutq.paths import shipped
 from lutq.prepack import unpack_codes, unpack_records
 
@@ -224,18 +225,6 @@ def test_aligned(dtype):
 # multiply, prepack and check, on the stand-in
 
 
-def random_packed(N, K, layer, seed=0):
-    random = torch.Generator().manual_seed(seed)
-    shapes = packed_shapes(N, K, layer)
-    tensors = {"codes": torch.randint(-(2**31), 2**31, shapes["codes"][0], generator=random).to(torch.int32)}
-    tensors["scales"] = (torch.rand(shapes["scales"][0], generator=random) + 0.1).half()
-    if "offsets" in shapes:
-        tensors["offsets"] = torch.randn(shapes["offsets"][0], generator=random).half()
-    if "zero_points" in shapes:
-        tensors["zero_points"] = torch.randint(0, 2**layer.bits, shapes["zero_points"][0], generator=random, dtype=torch.uint8)
-    return Packed(**tensors)
-
-
 def at(address, dtype, *shape):
     """A tensor over memory, as a kernel would see it."""
     count = torch.Size(shape).numel()
@@ -301,7 +290,7 @@ def stand_in(monkeypatch):
 
 def multiply(x, packed, layer, bias=None, dtype=None):
     ready = prepack(packed, layer)
-    return lutq.cuda.multiply(x, ready.codes, ready.records, bias, packed.codes.shape[1], layer, ready.wide, dtype)
+    return lutq.cuda.multiply(x, ready, bias, packed.codes.shape[1], layer, dtype)
 
 
 def expected_calls(M, K, dtype, bits):
@@ -439,14 +428,14 @@ def test_a_launch_that_fails_is_an_error(stand_in, monkeypatch):
 
 
 def test_kernel_order_by_hand(stand_in):
-    """The type that prepack returns, and that `from_canonical` is the same product."""
+    """The type that prepack returns, and that the operator's backend is the same product."""
     layer = LayerConfig(2, 0, "uniform")
     packed, x = random_packed(20, 100, layer), torch.ones(3, 100)
     ready = prepack(packed, layer)
     assert isinstance(ready, Prepacked)
     assert (ready.codes.shape, ready.records.shape) == ((3, 2, 128), (3, 1, 48)), f"{ready.codes.shape=} {ready.records.shape=}"
     bias = torch.ones(20)
-    y = lutq.cuda.from_canonical(x, *packed, bias, 0, "uniform")
+    y = lutq.ops.cuda(x, packed, bias, 0, "uniform")
     assert torch.equal(y, multiply(x, packed, layer, bias))
 
 

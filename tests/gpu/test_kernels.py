@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import random_packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from lutq.errors import LutqError
 from lutq.evaluate import evaluate
 from lutq.hf import load
 from lutq.linear import LutLinear
-from lutq.pack import Packed, dequantize, packed_shapes
+from lutq.pack import Packed, dequantize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -38,23 +39,11 @@ def draw(shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
-def random_packed(N, K, layer, seed=0):
-    random = torch.Generator().manual_seed(seed)
-    shapes = packed_shapes(N, K, layer)
-    tensors = {"codes": torch.randint(-(2**31), 2**31, shapes["codes"][0], generator=random).to(torch.int32)}
-    tensors["scales"] = (torch.rand(shapes["scales"][0], generator=random) + 0.1).half()
-    if "offsets" in shapes:
-        tensors["offsets"] = torch.randn(shapes["offsets"][0], generator=random).half()
-    if "zero_points" in shapes:
-        tensors["zero_points"] = torch.randint(0, 2**layer.bits, shapes["zero_points"][0], generator=random, dtype=torch.uint8)
-    return Packed(**{name: tensor.to(DEVICE) for name, tensor in tensors.items()})
-
-
 class Layer:
     """A packed matrix [N, K], in kernel order too, and its weights in float64. `change(packed)` edits it first."""
 
     def __init__(self, N, K, layer, seed=0, change=lambda packed: None):
-        self.N, self.K, self.layer, self.packed = N, K, layer, random_packed(N, K, layer, seed)
+        self.N, self.K, self.layer, self.packed = N, K, layer, random_packed(N, K, layer, seed, DEVICE)
         change(self.packed)
         self.ready = prepack(self.packed, layer)
         self.W = dequantize(*self.packed, layer.group, layer.grid, K, torch.float64)
@@ -380,7 +369,7 @@ def test_a_row_is_the_same_in_another_batch(dtype, N, K, bits, group):
 
 def module_of(N, K, layer, bias=True, seed=0):
     vector = draw(N, torch.float16, seed) if bias else None
-    module = LutLinear.from_packed(random_packed(N, K, layer, seed), K, layer, vector)
+    module = LutLinear.from_packed(random_packed(N, K, layer, seed, DEVICE), K, layer, vector)
     module.backend = "cuda"
     return module
 
