@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(WARPS * 32) dequantize(const Linear a, const S
   const int tile = first + (int)(item / halves), block = item % halves;
   if (tile >= last) return;
   constexpr int PAIRS = BITS / 2;
-  const unsigned char* codes = a.codes + ((int64_t)tile * shape.units * 2 + block) * (BITS * (PLANE_BYTES / 2));
+  const unsigned char* codes = a.codes + (place_of(tile, block / 2, shape.units) * 2 + block % 2) * (BITS * (PLANE_BYTES / 2));
+  const unsigned char* records = a.records + place_of(tile, 0, shape.groups) * shape.record;
   uint4 pairs[PAIRS ? PAIRS : 1];
   uint2 single = make_uint2(0, 0);
 #pragma unroll
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(WARPS * 32) dequantize(const Linear a, const S
   for (int w = 0; w < 4; w++) {
     const int k = block * 128 + w * 32;
     if (k >= a.K) return;
-    const unsigned char* record = a.records + ((int64_t)tile * shape.groups + k / a.group) * shape.record;
+    const unsigned char* record = records + (int64_t)(k / a.group) * (4 * shape.record);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       float scales[BITS], offset = 0.f;
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(WARPS * 32) dequantize(const Linear a, const S
       } else {
         const float step = __half2float(((const half*)(record + r * 4))[h]);
 #pragma unroll
-        for (int i = 0; i < BITS; i++) scales[i] = step * (0.25f * (1 << (BITS - i)));
+        for (int i = 0; i < BITS; i++) scales[i] = step * (0.5f * plane_weight(BITS, i));
         if (a.offsets) offset = step * (0.5f * ((1 << BITS) - 1) - record[32 + r * 2 + h]);
       }
       float v[8];  // inputs 4 t + (0..3), then 8 + 4 t + (0..3), of 16

@@ -1,29 +1,31 @@
 // Kernel order of a packed matrix, shared by every kernel; what the Python side makes is in lutq/prepack.py.
 //
-// A tile is 16 rows, a unit 256 inputs. T = ceil(N/16) tiles, U = ceil(K/256) units, G groups of g inputs (g % 32 == 0).
+// A tile is 16 rows, a panel 4 tiles, a unit 256 inputs. P = ceil(N/64) panels, U = ceil(K/256) units, groups of g inputs
+// (g % 32 == 0), G = ceil(256 U/g) of them: they cover whole units.
 //
-//   codes    bytes [T + 1][U][2][b * 256]: of 128 inputs, planes in pairs (0,1), (2,3): 512 bytes, 32 lanes x 4 words; a
+//   codes    bytes [P][U][4 tiles][2][b * 256]: of 128 inputs, planes in pairs (0,1), (2,3): 512 bytes, 32 lanes x 4 words; a
 //            last odd plane alone: 256 bytes, 32 lanes x 2 words. A word is 8 nibbles, and a nibble two 2-bit indices, each
 //            the signs of two inputs, 2 p in the low bit and 2 p + 1 in the high one. Lane 4 r + q, half h of a word: row
 //            r + 8 h of the tile, 8 of 16 inputs:
 //            nibble j of half h: pair p = 4 (j % 2) + 2 (q % 2) + j / 2 of the 16 inputs 32 w + 16 (q / 2) + (0..15).
-//              pair of planes, word w: low index of plane i, high index of plane i + 1, w as above
+//              pair of planes, word w: low index of the first plane, high index of the second, w as above
 //              single plane, word v:   low index of w = 2 v, high index of w = 2 v + 1
-//            This is where the sparse tensor core (m16n8k32, fp16) looks for its indices; see lut_gemm.cuh.
-//   records  bytes [T + 1][G][...], of one tile and group:
-//            bcq       per pair of planes 8 r x {scale i, scale i + 1 of row r; the same of row r + 8} (64 bytes);
+//            This is where the sparse tensor core (m16n8k32, fp16) looks for its indices; see lut_gemm.cuh. The four planes of
+//            a uniform grid are stored in the order 2, 0, 3, 1 (plane 0 weighs most): in a pair one weighs 4 times the other.
+//   records  bytes [P][G][4 tiles][...], of one tile and group, scales of planes in the order of the codes:
+//            bcq       per pair of planes 8 r x {scales of row r; of row r + 8} (64 bytes);
 //                      per single plane, then per offset: 8 r x {row r, row r + 8} (32 bytes each)
 //            uniform   step: 8 r x {row r, row r + 8} (32 bytes); zero points the same in uint8 (16 bytes)
 //
-// The order is a permutation of the canonical bits and scales, padded with zeros: it goes back exactly. Tile T is spare:
-// kernels read two tiles at a time.
+// The order is a permutation of the canonical bits and scales, padded with zeros: it goes back exactly. Two tiles from an even
+// one on lie side by side, within a unit and within a group.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
 
-constexpr int TILE = 16, UNIT = 256, PLANE_BYTES = TILE * UNIT / 8;
+constexpr int TILE = 16, PANEL = 64, UNIT = 256, PLANE_BYTES = TILE * UNIT / 8;
 
 enum Grid { BCQ = 0, UNIFORM = 1 };
 enum Dtype { F16 = 0, BF16 = 1, F32 = 2 };
@@ -45,11 +47,21 @@ struct Shape {  // derived once, on the host
   Shape(const Linear& a, int split)
       : tiles((a.N + TILE - 1) / TILE),
         units((a.K + UNIT - 1) / UNIT),
-        groups((a.K + a.group - 1) / a.group),
+        groups((units * UNIT + a.group - 1) / a.group),
         record(a.grid == BCQ ? (a.bits + a.offsets) * 32 : 32 + 16 * a.offsets),
         split(split),
         zero(0) {}
 };
+
+// Index of a tile's unit `i` of `count` in codes [P][U][4], or of its group in records [P][G][4].
+__device__ __forceinline__ int64_t place_of(unsigned tile, unsigned i, unsigned count) {
+  return ((int64_t)(tile / 4) * count + i) * 4 + tile % 4;
+}
+
+// What a bit of the j-th stored plane of a uniform grid weighs, in steps.
+__host__ __device__ constexpr int plane_weight(int bits, int j) {
+  return bits == 4 ? (j % 2 ? 8 : 2) >> j / 2 : 1 << (bits - 1 - j);
+}
 
 __device__ __forceinline__ float load_float(const void* p, int64_t i, int dtype) {
   if (dtype == F16) return __half2float(((const half*)p)[i]);
@@ -61,6 +73,13 @@ __device__ __forceinline__ void store_float(void* p, int64_t i, int dtype, float
   if (dtype == F16) ((half*)p)[i] = __float2half_rn(v);
   else if (dtype == BF16) ((__nv_bfloat16*)p)[i] = __float2bfloat16_rn(v);
   else ((float*)p)[i] = v;
+}
+
+// Store y[m, n], unless n is a row of padding.
+__device__ __forceinline__ void finish(const Linear& a, int m, int n, float total) {
+  if (n >= a.N) return;
+  if (a.bias) total += load_float(a.bias, n, a.bias_dtype);
+  store_float(a.y, (int64_t)m * a.N + n, a.y_dtype, total);
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
@@ -92,6 +111,8 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void* global) 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+__device__ __forceinline__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }  // -126 <= e <= 127
 
 // Programmatic dependent launch: the next kernel of the stream may start, and this one may read what the last one wrote.
 __device__ __forceinline__ void launch_dependents() {

@@ -53,12 +53,6 @@ template <int MODE, int H> struct Columns {
   static constexpr int KEPT = MODE == ONE ? 16 : MODE == FEW ? 64 : 128;  // floats kept of a tile by a warp, by lane
 };
 
-__device__ __forceinline__ void finish(const Linear& a, int m, int n, float total) {
-  if (n >= a.N) return;
-  if (a.bias) total += load_float(a.bias, n, a.bias_dtype);
-  store_float(a.y, (int64_t)m * a.N + n, a.y_dtype, total);
-}
-
 template <int BITS, int GRID, int H, int MODE>
 __global__ void __launch_bounds__(MAX_THREADS, 1) lut_gemm(const Linear a, const Shape shape, int k_warps, int max_tiles) {
   constexpr bool SPLIT = Columns<MODE, H>::SPLIT;
@@ -67,7 +61,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) lut_gemm(const Linear a, const
   constexpr int PIECES = Items::PIECES;
   extern __shared__ __align__(16) unsigned char memory[];
   const unsigned rank = blockIdx.x % shape.split, cluster = blockIdx.x / shape.split, clusters = gridDim.x / shape.split;
-  const int first = (unsigned)shape.tiles * cluster / clusters, last = (unsigned)shape.tiles * (cluster + 1) / clusters;
+  const unsigned pairs_of_tiles = (shape.tiles + 1) / 2;
+  const int first = 2 * (pairs_of_tiles * cluster / clusters), last = 2 * (pairs_of_tiles * (cluster + 1) / clusters);
   const Place<SPAN> p(shape, k_warps, rank, first, last);
   const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5, r = p.lane >> 2, q = p.lane & 3;
   const uint32_t base = shared_address(memory), ring = base + warp * Items::RING, ring_end = ring + Items::RING;
@@ -119,17 +114,20 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) lut_gemm(const Linear a, const
 #pragma unroll
           for (int of_block = 0; of_block < PIECES / 2; of_block++) {
             const int piece = block * (PIECES / 2) + of_block;
-            const uint32_t record = stage + 2 * Items::CODES + piece * shape.record + r * 4;
+            const uint32_t record = stage + 2 * Items::CODES + piece * 2 * shape.record + r * 4;
             // of a lone plane as (scale, 0) and as (0, scale)
             uint4 scales[2][PAIRS ? PAIRS : 1], alone[2][2];
 #pragma unroll
             for (int z = 0; z < 2; z++) {
-              const uint32_t at = record + z * PIECES * shape.record;
+              const uint32_t at = record + z * shape.record;
               const uint32_t step = GRID == UNIFORM || BITS & 1 ? load_shared(at + (GRID == BCQ ? PAIRS * 64 : 0)) : 0;
 #pragma unroll
-              for (int i = 0; i < PAIRS; i++)  // uniform: w = step / 2 (sum_i 2^(b-1-i) s_i + 2^b - 1 - 2 zero), twice of it
+              for (int i = 0; i < PAIRS; i++) {
+                // uniform: w = step / 2 (sum_i 2^(b-1-i) s_i + 2^b - 1 - 2 zero), twice of it
+                const half2 factors = __floats2half2_rn(plane_weight(BITS, 2 * i), plane_weight(BITS, 2 * i + 1));
                 scales[z][i] = GRID == BCQ ? load_scales(at + i * 64 + r * 4, shape.zero)
-                                           : make_scales(step, __floats2half2_rn(1 << (BITS - 1 - 2 * i), 1 << (BITS - 2 - 2 * i)), shape.zero);
+                                           : make_scales(step, factors, shape.zero);
+              }
               if (BITS & 1)
 #pragma unroll
                 for (int second = 0; second < 2; second++) alone[z][second] = make_scales(step, __floats2half2_rn(1 - second, second), shape.zero);
@@ -238,7 +236,7 @@ struct Launch {
 template <int BITS, int GRID, int H, int MODE> int launch(const Linear& a, const Launch& l) {
   const Shape shape(a, l.split);
   const int clusters = l.blocks / l.split, warps = l.k_warps * l.n_warps;
-  const int max_tiles = (shape.tiles + clusters - 1) / clusters + 1;  // one more: items are pairs
+  const int max_tiles = 2 * (((shape.tiles + 1) / 2 + clusters - 1) / clusters);
   const size_t bytes = (size_t)warps * (Stream<BITS, H, Columns<MODE, H>::SPAN>::RING + scratch_bytes(Columns<MODE, H>::SPLIT)) +
                        (size_t)max_tiles * (l.k_warps * Columns<MODE, H>::KEPT + (l.split > 1 ? TILE * a.M : 0)) * 4;
   const auto kernel = lut_gemm<BITS, GRID, H, MODE>;

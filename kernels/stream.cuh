@@ -2,8 +2,8 @@
 //
 // The warps of a block form a grid of `k_warps` x `n_warps`. In pass p, warp (kw, nw) owns span p k_warps + kw of the
 // block's inputs, SPAN units, for its share of the block's tiles: their inputs stay in registers while the weights go by. An
-// item is one unit of two tiles, so that chains of products run side by side; past the last tile the second is computed
-// in vain. The order is pass, tile pair, unit.
+// item is one unit of two tiles, the first an even one, so that chains of products run side by side; past the last row they
+// are computed in vain. The order is pass, tile pair, unit.
 #pragma once
 #include "layout.cuh"
 
@@ -12,8 +12,8 @@ template <int SPAN> struct Place {  // of a warp in its launch
   __device__ __forceinline__ Place(const Shape& shape, int k_warps, unsigned rank, int first, int last) : k_warps(k_warps) {
     const unsigned warp = threadIdx.x >> 5, n_warps = (blockDim.x >> 5) / k_warps, nw = warp / k_warps;
     lane = threadIdx.x & 31, kw = warp - nw * k_warps;
-    const unsigned pairs = (last - first + 1) / 2;  // whole items go to each warp
-    tile_begin = first + 2 * (pairs * nw / n_warps), tile_end = min(last, first + 2 * (int)(pairs * (nw + 1) / n_warps));
+    const unsigned pairs = (last - first) / 2;  // whole items go to each warp
+    tile_begin = first + 2 * (pairs * nw / n_warps), tile_end = first + 2 * (pairs * (nw + 1) / n_warps);
     const unsigned all = (shape.units + SPAN - 1) / SPAN;
     span_begin = all * rank / shape.split;
     const int spans = all * (rank + 1) / shape.split - span_begin;
@@ -22,7 +22,7 @@ template <int SPAN> struct Place {  // of a warp in its launch
   __device__ __forceinline__ int unit(int pass) const { return (span_begin + pass * k_warps + kw) * SPAN; }
 };
 
-// A slot of the ring: codes of two tiles, then their records, [2][PIECES][shape.record].
+// A slot of the ring: codes of two tiles, then their records, [PIECES][2][shape.record].
 template <int BITS, int H, int SPAN> struct Stream {
   static constexpr int STAGES = 4, PIECES = UNIT / H;  // a record for every H inputs
   static constexpr int CODES = BITS * PLANE_BYTES, RECORDS = PIECES * (BITS + 1) * 32;
@@ -45,18 +45,15 @@ template <int BITS, int H, int SPAN> struct Stream {
   __device__ __forceinline__ void enter_pass() {
     tile = place.tile_begin;
     const int unit = place.unit(pass);
-    codes = a.codes + ((int64_t)tile * shape.units + unit) * CODES + place.lane * 16;
-    records = a.records + (int64_t)tile * shape.groups * shape.record;
+    codes = a.codes + place_of(tile, unit, shape.units) * CODES + place.lane * 16;
+    records = a.records + place_of(tile, 0, shape.groups) * shape.record;
 #pragma unroll
     for (int c = 0; c < COPIES; c++) {
-      const unsigned vectors = shape.record / 16, v = place.lane + 32 * c, block = v / vectors;
-      const int second = block >= (unsigned)PIECES, piece = (int)block - second * PIECES;
+      const unsigned vectors = shape.record / 8, v = place.lane + 32 * c, piece = v / vectors;  // vectors of two records
 #pragma unroll
       for (int s = 0; s < SPAN; s++) {
-        // past K: any group, x is 0
-        const int g = min((int)((unsigned)((unit + s) * UNIT + piece * H) / (unsigned)a.group), shape.groups - 1);
-        const int at = (second * shape.groups + g) * shape.record + (int)(v - block * vectors) * 16;
-        from[s][c] = block < 2u * PIECES ? at : -1;
+        const unsigned g = ((unit + s) * UNIT + piece * H) / (unsigned)a.group;
+        from[s][c] = piece < PIECES ? (int)(g * 4 * shape.record + (v - piece * vectors) * 16) : -1;
       }
     }
   }
@@ -65,17 +62,16 @@ template <int BITS, int H, int SPAN> struct Stream {
   __device__ __forceinline__ void push() {
     if (++sub == SPAN || place.unit(pass) + sub >= shape.units) {
       sub = 0, tile += 2;
-      codes += (int64_t)2 * CODES * shape.units, records += (int64_t)2 * shape.record * shape.groups;
+      codes += 2 * CODES, records += 2 * shape.record;
+      if (tile % 4 == 0) {  // the next panel
+        codes += (int64_t)4 * CODES * (shape.units - 1), records += (int64_t)4 * shape.record * (shape.groups - 1);
+      }
       if (tile >= place.tile_end && ++pass < place.passes) enter_pass();
     }
     if (pass < place.passes) {
-      const int64_t next_tile = (int64_t)CODES * shape.units;
-      const unsigned char* p = codes + sub * CODES;
+      const unsigned char* p = codes + sub * 4 * CODES;
 #pragma unroll
-      for (int c = 0; c < BITS; c++) copy_async(slot + c * 512, p + c * 512);
-      p += next_tile;
-#pragma unroll
-      for (int c = 0; c < BITS; c++) copy_async(slot + CODES + c * 512, p + c * 512);
+      for (int c = 0; c < 2 * BITS; c++) copy_async(slot + c * 512, p + c * 512);
 #pragma unroll
       for (int c = 0; c < COPIES; c++) {
         const int at = SPAN == 2 && sub ? from[SPAN - 1][c] : from[0][c];

@@ -11,8 +11,6 @@ namespace {
 __host__ __device__ constexpr int scratch_bytes(bool split) { return split ? 2048 : 0; }  // of a warp, to make tables
 constexpr float LOW = 2048.f;  // low parts are kept times 2^11: in fp16's range wherever the high ones are
 
-__device__ __forceinline__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }  // -126 <= e <= 127
-
 // The power of two that brings `bits`, the largest |x| as a number of `dtype`, to [2^13, 2^14), within fp16's own range.
 __device__ __forceinline__ int lift(uint32_t bits, int dtype) {
   const int e = dtype == F16 ? (int)(bits >> 10) - 15 : (int)(bits >> (dtype == BF16 ? 7 : 23)) - 127;

@@ -19,6 +19,7 @@ DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # One library for every GPU: PTX of the oldest architecture runs on every later GPU, that of a newer one only on fewer.
 FAT_ARCHS = (*DEFAULT_ARCHS, "compute_80")
 OLDEST = (8, 0)
+CLUSTERS = (9, 10, 12)  # generations on which products are launched in clusters of blocks: PTX for 8.0 cannot
 ARCH = re.compile(r"(sm|compute)_(\d+)(\d)([a-z]?)")
 INSTALL = "pip install 'lutq[nvcc]', or install the CUDA toolkit (12.8 or newer) and put nvcc on PATH"
 INSTALL_HOST = "nvcc needs a C++ compiler, and there is no g++ on PATH: apt install g++, or dnf install gcc-c++"
@@ -126,10 +127,16 @@ def native_arch(capability: tuple[int, int]) -> str:
 
 
 def covers(archs: Iterable[str], capability: tuple[int, int]) -> bool:
-    """Whether code compiled for these architectures runs on a GPU of this compute capability."""
+    """Whether code compiled for these architectures does on a GPU of this compute capability what lutq/cuda.py asks of it.
+
+    It asks what machine code of the GPU's own generation has: 9.0 wants sm_90, and clusters (`CLUSTERS`) want no older PTX.
+    """
     for kind, number, suffix in map(parse_arch, archs):
-        same_generation = kind == "compute" or number[0] == capability[0]
-        if number == capability or (suffix != "a" and same_generation and number < capability):
+        if kind == "sm":
+            fits = number[0] == capability[0]
+        else:
+            fits = capability[0] not in CLUSTERS or (number >= (9, 0) and capability != (9, 0))
+        if fits and (number == capability or (suffix != "a" and number < capability)):
             return True
     return False
 

@@ -3,14 +3,17 @@
 Which kernel runs is decided here, by M (rows of x) and dtype:
 
     M <= 4                  lut_gemm with split tables on the sparse tensor cores: relative error below 2e-6
-    M <= rows_limit         lut_gemm with rounded tables, 8 rows at a time: below 5e-4. For fp32 x, and below 1024 inputs,
-                            where few roundings average out, split tables, 4 rows at a time
-    above                   W is dequantized to fp16 (rounded once), a slice at a time, for an ordinary matrix product. For
-                            fp32 x, small layers and those whose weights fp16 does not hold (`wide`) to fp32
+    M <= 8                  lut_gemm with rounded tables: below 5e-4
+    M <= rows_limit         on GPUs of compute capability 9.0 fused_gemm, which rounds weights to fp16, 64 rows at a time: below
+                            5e-4. On others lut_gemm, 8 rows at a time
+    above                   W is dequantized to fp16 (rounded once), a slice at a time, for an ordinary matrix product
 
-x that is not finite gives a y that is not finite. The same call gives the same bits every time. In lut_gemm a row's result
-does not depend on the other rows: it is the same bits at every M of one mode (1; 2 to 4; above). An ordinary matrix product
-promises no such thing.
+For fp32 x, and below 1024 inputs, where few roundings average out, lut_gemm with split tables takes 4 rows at a time instead.
+Weights that fp16 does not hold (`wide`) never go through fp16, nor do those of small layers above rows_limit, nor fp32 x.
+
+x that is not finite gives a y that is not finite. The same call gives the same bits every time. In lut_gemm and fused_gemm a
+row's result does not depend on the other rows: it is the same bits at every M of one mode (1; 2 to 4; 5 to 8; 9 to 16, 32, 64).
+An ordinary matrix product promises no such thing.
 """
 
 import ctypes
@@ -23,16 +26,19 @@ from typing import NamedTuple
 import torch
 
 from lutq.build import cache_folder, library
+from lutq.compiler import CLUSTERS
 from lutq.config import LayerConfig
 from lutq.errors import LutqError
 from lutq.pack import Packed, dequantize, packed_shapes
 from lutq.paths import shipped
-from lutq.prepack import TILE, UNIT, pack_codes, pack_records, tiles, units
+from lutq.prepack import PANEL, TILE, UNIT, pack_codes, pack_records, panels, units
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 GRIDS = {"bcq": 0, "uniform": 1}
 ONE, FEW, EIGHT = 1, 4, 8  # modes of lut_gemm: rows that it takes; EIGHT rounds
+FUSED = (16, 32, 64)  # those of fused_gemm
 FEW_INPUTS, SMALL = 1024, 1 << 20  # inputs, and weights, of layers where rounding might show
+LUT_LIMIT = 48  # rows that lut_gemm takes at most, 8 at a time, where rows_limit is that of fused_gemm; measured on an H200
 SLICE = 1 << 27  # weights dequantized at a time: 256 MB in fp16
 FP16_LARGEST, FP16_SMALLEST = 65504.0, 2.0**-14  # the smallest with all its digits
 
@@ -49,7 +55,7 @@ class Arguments(ctypes.Structure):
 
 
 class Prepacked(NamedTuple):
-    """A layer in kernel order. codes int32 [T + 1, 2 U, 64 b], records uint8 [T + 1, G, bytes]; wide: too much for fp16."""
+    """A layer in kernel order. codes int32 [P, U, 4, 128 b], records uint8 [P, G', 4, bytes]; wide: too much for fp16."""
 
     codes: torch.Tensor
     records: torch.Tensor
@@ -67,7 +73,8 @@ def prepack(packed: Packed, layer: LayerConfig) -> Prepacked:
         unfit = ~(step * (2**layer.bits if packed.zero_points is None else 256) <= FP16_LARGEST)
         if packed.zero_points is None:  # levels are odd multiples of half a step
             unfit |= (step > 0) & (step < FP16_SMALLEST)
-    ready = Prepacked(pack_codes(packed.codes), pack_records(packed, layer), bool(unfit.any()))
+    K = 32 * packed.codes.shape[-1]
+    ready = Prepacked(pack_codes(packed.codes, layer.grid), pack_records(packed, K, layer), bool(unfit.any()))
     if packed.codes.device.type == "cuda":
         torch.cuda.synchronize(packed.codes.device)
     return ready
@@ -108,19 +115,22 @@ def check(found: ctypes.CDLL, device: torch.device) -> None:
 
 
 class Gpu(NamedTuple):
-    """What a plan depends on. shared: bytes of shared memory a block may have."""
+    """What a plan depends on. shared: bytes of shared memory a block may have; fused: whether fused_gemm runs there."""
 
     name: str
     processors: int
     shared: int
     clusters: bool
+    fused: bool
 
 
 @functools.cache
 def properties(device: torch.device) -> Gpu:
     """Of a GPU."""
     found = torch.cuda.get_device_properties(device)
-    return Gpu(found.name, found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9)
+    capability = (found.major, found.minor)
+    shared = found.shared_memory_per_block_optin
+    return Gpu(found.name, found.multi_processor_count, shared, found.major in CLUSTERS, capability == (9, 0))
 
 
 class Plan(NamedTuple):
@@ -144,12 +154,12 @@ def plan(N: int, K: int, mode: int, bits: int, group: int, gpu: Gpu) -> Plan:
     pieces = 2 if group % 128 == 0 else 8
     ring = STAGES * 2 * (bits * 512 + pieces * (bits + 1) * 32) + (0 if mode == EIGHT else SCRATCH)
     kept = 4 * {ONE: 16, FEW: 64, EIGHT: 128}[mode]
-    spans = ceil(units(K) / (2 if group % 128 == 0 else 1))
+    spans, pairs = ceil(units(K) / (2 if group % 128 == 0 else 1)), ceil(N / (2 * TILE))  # blocks take pairs of tiles
     best: tuple[float, Plan] | None = None
     for split in (1, 2) if gpu.clusters and spans > 1 else (1,):
         for waves in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64):
-            clusters = min(tiles(N), gpu.processors // split * waves)
-            most = ceil(tiles(N) / clusters) + 1
+            clusters = min(pairs, gpu.processors // split * waves)
+            most = 2 * ceil(pairs / clusters)
             for k_warps in range(1, min(MAX_WARPS, ceil(spans / split)) + 1):
                 for n_warps in range(1, MAX_WARPS // k_warps + 1):
                     used = k_warps * n_warps * ring + most * (k_warps * kept + (64 * mode if split > 1 else 0))
@@ -162,11 +172,43 @@ def plan(N: int, K: int, mode: int, bits: int, group: int, gpu: Gpu) -> Plan:
                     cost = cost if split == 1 else 1.05 * cost + 0.3
                     if best is None or cost < best[0]:
                         best = cost, Plan(clusters * split, split, k_warps, n_warps)
-            if clusters == tiles(N):
+            if clusters == pairs:
                 break
     if best is None:
         raise LutqError(f"{gpu.name} has too little shared memory for {bits} bits in groups of {group}: use --backend reference")
     return best[1]
+
+
+class FusedPlan(ctypes.Structure):
+    """How fused_gemm is launched: `Plan` of kernels/fused_gemm.cuh."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int) for name in ("blocks", "split", "k_groups", "n_groups", "builders", "item", "stages", "slots")
+    )
+
+
+BARRIER_BYTES, KEPT_STRIDE, BUILDERS, FUSED_STAGES, SLOTS = 512, PANEL + 4, 3, 2, 2  # of kernels/fused_gemm.cuh
+MOST_GROUPS = {16: 4, 32: 3, 64: 2}  # warpgroups of products of a block, by mode
+
+
+@functools.lru_cache(4096)
+def fused_plan(N: int, K: int, rows: int, layer: LayerConfig, gpu: Gpu) -> FusedPlan:
+    """The launch of fused_gemm for a mode of FUSED, whatever M: it decides in which order a row is summed."""
+    record = 32 * (layer.bits + layer.offsets) if layer.grid == "bcq" else 32 + 16 * layer.offsets
+    unit = layer.bits * 2048 + (2 if layer.group % 128 == 0 else 8) * 4 * record
+    groups = MOST_GROUPS[rows]
+    split = 2 if units(K) > 1 else 1  # halves what a block reads of x
+    for waves in range(1, panels(N) + 1):
+        clusters = min(panels(N), gpu.processors // split * waves)
+        most = ceil(panels(N) / clusters)
+        n_groups = min(groups, most)
+        k_groups = min(groups // n_groups, ceil(units(K) / split))
+        for item in (2, 1) if units(K) >= 2 * split * k_groups else (1,):
+            slot = ceil(k_groups * item * rows * 4 / 128) * 128 + k_groups * item * UNIT * rows * 2
+            ring = k_groups * n_groups * FUSED_STAGES * item * unit
+            if BARRIER_BYTES + SLOTS * slot + ring + k_groups * most * rows * KEPT_STRIDE * 4 <= gpu.shared:
+                return FusedPlan(clusters * split, split, k_groups, n_groups, BUILDERS, item, FUSED_STAGES, SLOTS)
+    raise LutqError(f"{gpu.name} has too little shared memory for {layer.bits} bits in groups of {layer.group}")
 
 
 def user_table() -> Path:
@@ -176,7 +218,7 @@ def user_table() -> Path:
 
 @functools.cache
 def rows_limit(name: str, bits: int) -> int:
-    """Up to how many rows lut_gemm beats dequantizing on this GPU.
+    """Up to how many rows lut_gemm and fused_gemm beat dequantizing on this GPU.
 
     Measured by `lutq bench kernel --tune`, whose table in the user's cache goes before configs/gpus.json.
     """
@@ -222,6 +264,13 @@ def run_lut(found: ctypes.CDLL, a: Arguments, mode: int, gpu: Gpu) -> None:
     launched(launch(ctypes.byref(a), mode, *plan(a.N, a.K, mode, a.bits, a.group, gpu), stream))
 
 
+def run_fused(found: ctypes.CDLL, a: Arguments, rows: int, layer: LayerConfig, gpu: Gpu) -> None:
+    """Launch fused_gemm in a mode on the current stream."""
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    made = fused_plan(a.N, a.K, rows, layer, gpu)
+    launched(getattr(found, f"lutq_fused_gemm_{a.bits}bit")(ctypes.byref(a), rows, ctypes.byref(made), stream))
+
+
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """What the kernels read, from x [M, K]: rows of K rounded up to 8 inputs, each on 16 bytes. A view or a copy [M, K]."""
     K = x.shape[1]
@@ -248,9 +297,9 @@ def multiply(
     for tensor in (x, bias):
         if tensor is not None and tensor.dtype not in DTYPES:
             raise LutqError(f"the CUDA kernels take float16, bfloat16 and float32, not {tensor.dtype}: use --backend reference")
-    if ready.codes.shape[1] != 2 * units(K):
+    if ready.codes.shape[1] != units(K):
         raise LutqError(
-            f"x has {K} features and the weight {128 * ready.codes.shape[1]} in whole units: check the model's config"
+            f"x has {K} features and the weight {UNIT * ready.codes.shape[1]} in whole units: check the model's config"
         )
     y = torch.empty(*x.shape[:-1], N, dtype=dtype or x.dtype, device=device)
     if y.numel() == 0:
@@ -258,12 +307,20 @@ def multiply(
     rows, out = x.reshape(-1, K), y.view(-1, N)
     with torch.cuda.device(device):
         mode = lut_mode(rows)
-        limit = max(FEW, rows_limit(properties(device).name, layer.bits) * max(mode, FEW) // EIGHT)
+        gpu = properties(device)
+        limit = rows_limit(gpu.name, layer.bits)
+        if not fits_fused(mode, ready, gpu):
+            limit = max(FEW, (min(limit, LUT_LIMIT) if gpu.fused else limit) * max(mode, FEW) // EIGHT)
         if rows.shape[0] > limit or (ready.wide and layer.grid == "uniform"):  # lut_gemm takes 8 times a uniform step into fp16
             multiply_dense(rows, ready, bias, out, layer)
         else:
-            multiply_lut(rows, ready, bias, out, layer)
+            multiply_packed(rows, ready, bias, out, layer)
     return y
+
+
+def fits_fused(mode: int, ready: Prepacked, gpu: Gpu) -> bool:
+    """Whether fused_gemm takes what lut_gemm would take in this mode, if there are more than 8 rows."""
+    return mode == EIGHT and gpu.fused and not ready.wide
 
 
 def lut_mode(x: torch.Tensor) -> int:
@@ -274,12 +331,19 @@ def lut_mode(x: torch.Tensor) -> int:
     return FEW if M <= FEW or K < FEW_INPUTS or x.dtype == torch.float32 else EIGHT
 
 
-def multiply_lut(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> None:
-    """Fill y [M, N], contiguous, by lut_gemm on the current device, as many rows at a time as its mode takes."""
+def multiply_packed(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> None:
+    """Fill y [M, N], contiguous, by lut_gemm or fused_gemm on the current device, as many rows at a time as its mode takes."""
     found, gpu, mode, x = kernels(x.device), properties(x.device), lut_mode(x), aligned(x)
+    fused = x.shape[0] > EIGHT and fits_fused(mode, ready, gpu)
+    if fused:
+        mode = next((rows for rows in FUSED if x.shape[0] <= rows), FUSED[-1])
     for begin in range(0, x.shape[0], mode):
         part = slice(begin, begin + mode)
-        run_lut(found, arguments(x[part], ready, bias, y[part], layer), mode, gpu)
+        a = arguments(x[part], ready, bias, y[part], layer)
+        if fused:
+            run_fused(found, a, mode, layer, gpu)
+        else:
+            run_lut(found, a, mode, gpu)
 
 
 def multiply_dense(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> None:
@@ -296,8 +360,9 @@ def multiply_dense(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None,
     step = max(1, SLICE // (K * TILE))
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     direct = not precise and scale is None and y.dtype == x.dtype
-    for first in range(0, tiles(N), step):
-        last = min(tiles(N), first + step)
+    tiles = ceil(N / TILE)
+    for first in range(0, tiles, step):
+        last = min(tiles, first + step)
         part = slice(first * TILE, min(N, last * TILE))
         w = torch.empty(part.stop - part.start, K, dtype=torch.float32 if precise else torch.float16, device=x.device)
         a = arguments(x, ready, None, y, layer)

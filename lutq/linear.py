@@ -111,7 +111,8 @@ class LutLinear(torch.nn.Module):
         from lutq.prepack import unpack_codes, unpack_records
 
         records = unpack_records(self.kernel_records, self.out_features, self.in_features, self.layer)
-        return Packed(unpack_codes(self.kernel_codes, self.out_features, self.in_features), **records)
+        codes = unpack_codes(self.kernel_codes, self.out_features, self.in_features, self.layer.grid)
+        return Packed(codes, **records)
 
     def unpack(self) -> None:
         """Leave the kernel order: the canonical tensors are buffers again."""

@@ -1,10 +1,10 @@
 """Canonical packed tensors (lutq/pack.py) to the order of the CUDA kernels (kernels/layout.cuh), and back, bit for bit.
 
-    codes [b, N, ceil(K/32)] int32     <->  codes [T + 1, 2 U, 64 b] int32  T = ceil(N/16) tiles, U = ceil(K/256) units
-    scales, offsets or zero_points     <->  records [T + 1, G, bytes] uint8   G groups of g inputs
+    codes [b, N, ceil(K/32)] int32     <->  codes [P, U, 4, 128 b] int32    P = ceil(N/64) panels, U = ceil(K/256) units
+    scales, offsets or zero_points     <->  records [P, G', 4, bytes] uint8
 
-The order is a permutation of bits and scales and what pads N and K is 0, so the way back is exact. One spare tile of zeros
-ends both: the kernels read two tiles at a time. Works on any device, a few tiles at a time.
+A panel has four tiles of 16 rows, and G' groups cover the inputs of whole units. The order is a permutation of bits and scales,
+and what pads N and K is 0: the way back is exact. Works on any device, a few panels at a time.
 """
 
 import torch
@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from lutq.config import LayerConfig
 from lutq.pack import Packed, packed_shapes, words
 
-TILE, UNIT = 16, 256
-CHUNK = 1 << 23  # bytes of codes reordered at a time; about 30 times as much memory is used meanwhile
+TILE, PANEL, UNIT = 16, 64, 256
+CHUNK = 1 << 23  # bytes of codes reordered at a time, or a panel; about 40 times as much memory is used meanwhile
 
 
-def tiles(N: int) -> int:
-    """Tiles of 16 rows."""
-    return -(-N // TILE)
+def panels(N: int) -> int:
+    """Panels of 64 rows."""
+    return -(-N // PANEL)
 
 
 def units(K: int) -> int:
@@ -27,10 +27,10 @@ def units(K: int) -> int:
     return -(-K // UNIT)
 
 
-def chunks(T: int, bytes_per_tile: int) -> list[slice]:
-    """Slices of tiles, each of at most CHUNK bytes of codes."""
-    step = max(1, CHUNK // max(1, bytes_per_tile))
-    return [slice(begin, min(T, begin + step)) for begin in range(0, T, step)]
+def chunks(P: int, bytes_per_panel: int) -> list[slice]:
+    """Slices of panels, each of at most CHUNK bytes of codes or one panel."""
+    step = max(1, CHUNK // max(1, bytes_per_panel))
+    return [slice(begin, min(P, begin + step)) for begin in range(0, P, step)]
 
 
 def spread(plane: torch.Tensor) -> torch.Tensor:
@@ -55,62 +55,74 @@ def gather(lanes: torch.Tensor) -> torch.Tensor:
     return torch.stack(out, dim=-1).to(torch.uint8)
 
 
-def pack_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Int32 [b, N, words] -> int32 [T + 1, 2 U, 64 b]."""
+def plane_order(bits: int, grid: str) -> list[int]:
+    """Planes in the order in which they are paired. In pairs 2, 0 and 3, 1 of a uniform grid one bit weighs 4 times the other."""
+    return [2, 0, 3, 1] if (bits, grid) == (4, "uniform") else list(range(bits))
+
+
+def pack_codes(codes: torch.Tensor, grid: str) -> torch.Tensor:
+    """Int32 [b, N, words] -> int32 [P, U, 4, 128 b]."""
     bits, N, width = codes.shape
-    T, U = tiles(N), 2 * units(32 * width)  # U in halves of a unit
-    out = torch.zeros(T + 1, U, 64 * bits, dtype=torch.int32, device=codes.device)
-    for part in chunks(T, bits * TILE * width * 4):
-        rows = codes[:, part.start * TILE : part.stop * TILE]
-        count = part.stop - part.start
-        padded = F.pad(rows, (0, 4 * U - width, 0, count * TILE - rows.shape[1])).view(torch.uint8)
-        # plane, then T h r U w s t: tile, row half, row, unit, 32 inputs, 16 inputs, lane
-        index = spread(padded.view(bits, count, 2, 8, U, 4, 2, 2))
+    P, U, planes = panels(N), units(32 * width), plane_order(bits, grid)
+    out = torch.empty(P, U, 4, 2, 64 * bits, dtype=torch.int32, device=codes.device)
+    for part in chunks(P, bits * PANEL * U * UNIT // 8):
+        rows = codes[:, part.start * PANEL : part.stop * PANEL]
+        count = 4 * (part.stop - part.start)
+        padded = F.pad(rows, (0, 8 * U - width, 0, count * TILE - rows.shape[1])).contiguous().view(torch.uint8)
+
+        def put(made: torch.Tensor, first: int, part: slice = part) -> None:  # T, blocks of 128 inputs, words
+            in_place = made.view(part.stop - part.start, 4, U, 2, -1).transpose(1, 2)
+            out[part, ..., first : first + made.shape[-1]] = in_place
+
+        # plane, then T h r B w s t: tile, row half, row, block, 32 inputs, 16 inputs, lane
+        index = spread(padded.view(bits, count, 2, 8, 2 * U, 4, 2, 2))
         for i in range(0, bits - 1, 2):
-            halves = (index[i] | index[i + 1] << 2).permute(0, 3, 2, 5, 6, 4, 1)  # T U r s t w h
-            out[part, :, 64 * i : 64 * i + 128] = (halves[..., 0] | halves[..., 1] << 16).reshape(count, U, 128)
+            halves = (index[planes[i]] | index[planes[i + 1]] << 2).permute(0, 3, 2, 5, 6, 4, 1)  # T B r s t w h
+            put((halves[..., 0] | halves[..., 1] << 16).reshape(count, 2 * U, 128), 64 * i)
         if bits % 2:
-            last = index[-1].unflatten(4, (2, 2))  # T h r U v parity s t
+            last = index[-1].unflatten(4, (2, 2))  # T h r B v parity s t
             halves = (last[:, :, :, :, :, 0] | last[:, :, :, :, :, 1] << 2).permute(0, 3, 2, 5, 6, 4, 1)
-            out[part, :, 64 * (bits - 1) :] = (halves[..., 0] | halves[..., 1] << 16).reshape(count, U, 64)
-    return out
+            put((halves[..., 0] | halves[..., 1] << 16).reshape(count, 2 * U, 64), 64 * (bits - 1))
+    return out.view(P, U, 4, 128 * bits)
 
 
-def unpack_codes(packed: torch.Tensor, N: int, K: int) -> torch.Tensor:
+def unpack_codes(packed: torch.Tensor, N: int, K: int, grid: str) -> torch.Tensor:
     """The inverse of `pack_codes`: int32 [b, N, words(K)]."""
-    T, (_, U, width) = tiles(N), packed.shape
-    bits = width // 64
+    P, U, _, width = packed.shape
+    bits = width // 128
+    planes = plane_order(bits, grid)
     out = torch.empty(bits, N, words(K), dtype=torch.int32, device=packed.device)
 
-    def canonical(index: torch.Tensor) -> torch.Tensor:  # T h r U w s t -> [rows, words]
-        plane = gather(index & 0x3333).reshape(-1, 16 * U).contiguous().view(torch.int32)
-        return plane[: N - part.start * TILE, : words(K)]
+    def canonical(plane: torch.Tensor) -> torch.Tensor:  # bytes -> [rows, words]
+        return plane.reshape(-1, 32 * U).contiguous().view(torch.int32)[: N - part.start * PANEL, : words(K)]
 
-    def halves(block: torch.Tensor, per_lane: int) -> torch.Tensor:  # -> T h r U w s t
-        by_lane = block.reshape(-1, U, 8, 2, 2, per_lane)
+    def halves(block: torch.Tensor, per_lane: int) -> torch.Tensor:  # -> T h r B w s t
+        by_lane = block.reshape(-1, 2 * U, 8, 2, 2, per_lane)
         return torch.stack([by_lane & 0xFFFF, by_lane >> 16 & 0xFFFF], dim=1).permute(0, 1, 3, 2, 6, 4, 5)
 
-    for part in chunks(T, 4 * U * width):
-        rows = slice(part.start * TILE, part.stop * TILE)
+    for part in chunks(P, bits * PANEL * U * UNIT // 8):
+        rows = slice(part.start * PANEL, part.stop * PANEL)
+        tiles = packed[part].transpose(1, 2).reshape(-1, 2 * U, 64 * bits)
         for i in range(0, bits - 1, 2):
-            index = halves(packed[part, :, 64 * i : 64 * i + 128], 4)
-            out[i, rows], out[i + 1, rows] = canonical(index), canonical(index >> 2)
+            index = halves(tiles[..., 64 * i : 64 * i + 128], 4)
+            out[planes[i], rows] = canonical(gather(index & 0x3333))
+            out[planes[i + 1], rows] = canonical(gather(index >> 2 & 0x3333))
         if bits % 2:
-            index = halves(packed[part, :, 64 * (bits - 1) :], 2)
-            out[-1, rows] = canonical(torch.stack([index, index >> 2], dim=5).flatten(4, 5))
+            index = halves(tiles[..., 64 * (bits - 1) :], 2)
+            out[-1, rows] = canonical(gather(torch.stack([index, index >> 2], dim=5).flatten(4, 5) & 0x3333))
     return out
 
 
-def by_tile(tensor: torch.Tensor) -> torch.Tensor:
-    """[P, N, G] -> [T, G, 8, 2, P]: rows (r, r + 8) of a tile side by side, N padded with 0."""
-    P, N, G = tensor.shape
-    padded = F.pad(tensor, (0, 0, 0, tiles(N) * TILE - N))
-    return padded.view(P, tiles(N), 2, 8, G).permute(1, 4, 3, 2, 0).contiguous()
+def by_tile(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """[C, N, G] -> [P, groups, 4, 8, 2, C]: rows (r, r + 8) of a tile side by side, N and G padded with 0."""
+    C, N, G = tensor.shape
+    padded = F.pad(tensor, (0, groups - G, 0, panels(N) * PANEL - N))
+    return padded.view(C, panels(N), 4, 2, 8, groups).permute(1, 5, 2, 4, 3, 0).contiguous()
 
 
-def by_row(tensor: torch.Tensor, N: int) -> torch.Tensor:
-    """The inverse of `by_tile`."""
-    return tensor.permute(4, 0, 3, 2, 1).flatten(1, 3)[:, :N].contiguous()
+def by_row(tensor: torch.Tensor, N: int, G: int) -> torch.Tensor:
+    """The inverse of `by_tile`: [C, N, G]."""
+    return tensor.permute(5, 0, 2, 4, 3, 1).flatten(1, 4)[:, :N, :G]
 
 
 def fields(layer: LayerConfig) -> list[tuple[str, int, int]]:
@@ -121,25 +133,24 @@ def fields(layer: LayerConfig) -> list[tuple[str, int, int]]:
     return [("scales", 0, 1), ("zero_points", 0, 1)] if layer.offsets else [("scales", 0, 1)]
 
 
-def pack_records(packed: Packed, layer: LayerConfig) -> torch.Tensor:
-    """Scales with offsets or zero points -> uint8 [T + 1, G, bytes]."""
-    parts = []
+def pack_records(packed: Packed, K: int, layer: LayerConfig) -> torch.Tensor:
+    """Scales with offsets or zero points -> uint8 [P, G', 4, bytes], G' groups for all inputs of whole units."""
+    parts, groups = [], -(-units(K) * UNIT // (layer.group or units(K) * UNIT))
     for name, first, count in fields(layer):
         tensor = getattr(packed, name)
         tensor = tensor[first : first + count] if tensor.dim() == 3 else tensor[None]
-        parts.append(by_tile(tensor).flatten(2).view(torch.uint8))
-    return F.pad(torch.cat(parts, dim=-1), (0, 0, 0, 0, 0, 1))
+        parts.append(by_tile(tensor, groups).flatten(3).view(torch.uint8))
+    return torch.cat(parts, dim=-1)
 
 
 def unpack_records(records: torch.Tensor, N: int, K: int, layer: LayerConfig) -> dict[str, torch.Tensor]:
     """The inverse of `pack_records`: scales and, where there are any, offsets or zero_points, by name."""
     found: dict[str, list[torch.Tensor]] = {}
-    shapes = packed_shapes(N, K, layer)
-    records, at = records[:-1], 0
+    shapes, at = packed_shapes(N, K, layer), 0
     for name, _, count in fields(layer):
         dtype = shapes[name][1]
         size = 16 * count * dtype.itemsize
-        field = records[..., at : at + size].contiguous().view(dtype).view(*records.shape[:2], 8, 2, count)
-        found.setdefault(name, []).append(by_row(field, N))
+        field = records[..., at : at + size].contiguous().view(dtype).view(*records.shape[:3], 8, 2, count)
+        found.setdefault(name, []).append(by_row(field, N, shapes[name][0][-1]))
         at += size
     return {name: torch.cat(parts).view(shapes[name][0]) for name, parts in found.items()}

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 import lutq.ops  # noqa: F401, registers the operator
 from lutq.config import LayerConfig
-from lutq.cuda import FEW, Prepacked, multiply_lut, properties, rows_limit
+from lutq.cuda import FEW, Prepacked, multiply_packed, properties, rows_limit
 from lutq.errors import LutqError
 from lutq.pack import Packed, dequantize, packed_shapes
-from lutq.prepack import TILE, tiles
+from lutq.prepack import TILE
 from lutq.timing import CHAINED_ROWS, REPLAYS, Chain, Timing, copies, expected_us, l2_bytes, launches, time_graph
 
 CHECKED_ROWS = 256  # of W at most, in whole tiles
@@ -26,8 +26,9 @@ def traffic(N: int, K: int, M: int, layer: LayerConfig) -> int:
 
 def checked_rows(N: int) -> list[int]:
     """Rows of W to check: the first tile of 16, the last, and some of the others, always the same."""
-    inner = range(1, tiles(N) - 1)
-    chosen = {0, tiles(N) - 1, *random.Random(N).sample(inner, min(len(inner), CHECKED_ROWS // TILE - 2))}
+    tiles = math.ceil(N / TILE)
+    inner = range(1, tiles - 1)
+    chosen = {0, tiles - 1, *random.Random(N).sample(inner, min(len(inner), CHECKED_ROWS // TILE - 2))}
     return [row for tile in sorted(chosen) for row in range(tile * TILE, min(N, (tile + 1) * TILE))]
 
 
@@ -86,7 +87,7 @@ def cold_copies(first: Prepacked) -> list[Prepacked]:
 
 
 def chained(M: int, limit: int) -> bool:
-    """Whether launches are chained: few rows, and surely lut_gemm (up to `limit` rows, half as many where K is small)."""
+    """Whether launches are chained: few rows, surely multiplied as packed (up to `limit` rows, half as many where K is small)."""
     return M <= FEW or min(CHAINED_ROWS, limit // 2) >= M
 
 
@@ -100,7 +101,7 @@ def time_layer(ready: list[Prepacked], N: int, K: int, M: int, layer: LayerConfi
     chain = Chain(M, N, K, device)
 
     def launch(i: int) -> None:
-        multiply_lut(chain.x(i), ready[i % n], None, chain.y(i), layer)
+        multiply_packed(chain.x(i), ready[i % n], None, chain.y(i), layer)
 
     timing = time_graph(launch, count, repeats, chain.reset)
     chain.check()

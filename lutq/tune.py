@@ -1,4 +1,4 @@
-"""`lutq bench kernel --tune`: up to how many rows of x lut_gemm beats dequantizing W for an ordinary product.
+"""`lutq bench kernel --tune`: up to how many rows of x the kernels on packed W beat dequantizing it for an ordinary product.
 
 The limits go to gpus.json in the folder of compiled kernels (lutq/build.py), `{GPU name: {bits: rows}}`, which
 `lutq.cuda.rows_limit` prefers to the table that comes with lutq.
@@ -16,7 +16,7 @@ import torch
 from lutq.bench import layer_of
 from lutq.build import writing
 from lutq.config import LayerConfig
-from lutq.cuda import Prepacked, multiply_dense, multiply_lut, prepack, rows_limit, user_table
+from lutq.cuda import Prepacked, multiply_dense, multiply_packed, prepack, rows_limit, user_table
 from lutq.errors import LutqError
 from lutq.report import table
 from lutq.timing import expected_us, launches, require_gpu, time_graph
@@ -28,9 +28,9 @@ BITS = (1, 2, 3, 4)
 
 
 def threshold(times: dict[int, tuple[float, float]]) -> int:
-    """The limit that is best over all measured rows M -> (us of lut_gemm, us of dequantizing), by the mean logarithm.
+    """The limit that is best over all measured rows M -> (us on packed W, us of dequantizing), by the mean logarithm.
 
-    Where the curves cross once it is the last M at which lut_gemm is faster; a single noisy time does not move it far. At
+    Where the curves cross once it is the last M at which packed W is faster; a single noisy time does not move it far. At
     least the fewest rows measured.
     """
 
@@ -57,19 +57,19 @@ def merge(file: Path, name: str, limits: dict[str, int]) -> None:
 
 
 def measure(ready: list[Prepacked], layer: LayerConfig, M: int, repeats: int) -> tuple[float, float]:
-    """Us of one product with M rows in fp16 (lut_gemm, dequantizing). The layer is given as its copies."""
+    """Us of one product with M rows in fp16 (on packed W, dequantizing). The layer is given as its copies."""
     device, n = ready[0].codes.device, len(ready)
     x = torch.randn(M, K, dtype=torch.float16, device=device)
     y = torch.empty(M, N, dtype=torch.float16, device=device)
     count = launches(M, expected_us(traffic(N, K, M, layer), M, N, K), n)
-    lut = time_graph(lambda i: multiply_lut(x, ready[i % n], None, y, layer), count, repeats)
+    lut = time_graph(lambda i: multiply_packed(x, ready[i % n], None, y, layer), count, repeats)
     dense = time_graph(lambda i: multiply_dense(x, ready[i % n], None, y, layer), count, repeats)
     return lut.us, dense.us
 
 
 def rows_table(times: dict[int, dict[int, tuple[float, float]]]) -> str:
     """Times by bits and M as a table: a line per M, two columns per bits."""
-    header = ("M", *(f"{kind}, {bits} bits" for bits in times for kind in ("lut_gemm", "dense")))
+    header = ("M", *(f"{kind}, {bits} bits" for bits in times for kind in ("packed", "dense")))
     body = [
         (f"{M}", *(f"{us:.1f}" for by_rows in times.values() for us in by_rows[M]))
         for M in dict.fromkeys(M for t in times.values() for M in t)
@@ -98,5 +98,5 @@ def tune(repeats: int = 20, device: str = "auto", echo: Callable[[str], Any] = p
     rows_limit.cache_clear()
     echo(rows_table(times))
     words = ", ".join(f"{limit} at {bits} bits" for bits, limit in limits.items())
-    echo(f"lut_gemm up to these rows: {words}; written to {user_table()}")
+    echo(f"packed up to these rows: {words}; written to {user_table()}")
     return limits

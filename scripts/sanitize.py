@@ -8,6 +8,17 @@ from lutq.config import LayerConfig
 from lutq.cuda import multiply, prepack
 from lutq.pack import Packed, packed_shapes
 
+# Every mode of every kernel.
+MATRIX = (
+    (1, torch.float16),
+    (3, torch.float32),
+    (7, torch.bfloat16),
+    (12, torch.float16),
+    (20, torch.bfloat16),
+    (40, torch.float16),
+    (200, torch.float16),
+)
+
 
 def random_packed(N: int, K: int, layer: LayerConfig, device: torch.device) -> Packed:
     tensors = {}
@@ -25,11 +36,11 @@ def main() -> None:
     for bits, (grid, offsets), (N, K, group) in itertools.product(
         (1, 2, 3, 4),
         (("bcq", True), ("bcq", False), ("uniform", True), ("uniform", False)),
-        ((48, 1280, 128), (33, 1100, 32), (1, 40, 0)),
+        ((80, 1280, 128), (33, 1100, 32), (1, 40, 0)),
     ):
         layer = LayerConfig(bits, group, grid, offsets)
         ready = prepack(random_packed(N, K, layer, device), layer)
-        for M, dtype in ((1, torch.float16), (3, torch.float32), (7, torch.bfloat16), (200, torch.float16)):
+        for M, dtype in MATRIX:
             x = torch.randn(M, K, device=device).to(dtype)
             multiply(x, ready, None, N, layer)
             cases += 1

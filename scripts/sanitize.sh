@@ -13,7 +13,7 @@ python=${PYTHON:-python3}
 reports=$(mktemp -d)
 trap 'rm -rf "$reports"' EXIT
 for tool in memcheck racecheck initcheck synccheck; do
-  compute-sanitizer --tool "$tool" --kernel-regex kns=lut_gemm --kernel-regex kns=dequantize "$python" scripts/sanitize.py \
+  compute-sanitizer --tool "$tool" --kernel-regex kns=lut_gemm --kernel-regex kns=fused_gemm --kernel-regex kns=dequantize "$python" scripts/sanitize.py \
     >"$reports/$tool" 2>&1 || echo "exit code $?" >>"$reports/$tool" &
 done
 wait

@@ -30,7 +30,7 @@ from lutq.trial import check_product, checked_rows, random_packed, rotating, sel
 from lutq.tune import merge, rows_table, threshold
 
 CPU = torch.device("cpu")
-MADE_UP = Gpu("NVIDIA Made Up", 132, 232448, True)
+MADE_UP = Gpu("NVIDIA Made Up", 132, 232448, True, True)
 LAYERS = [layer_of(bits, grid, group) for bits in (1, 2, 3, 4) for grid in ("bcq", "uniform") for group in (64, 0)]
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
@@ -232,7 +232,7 @@ def test_rotating():
 def oracle(x, ready, N, layer, dtype=None):
     """What the operator does on a GPU, from the same tensors."""
     K = x.shape[1]
-    packed = Packed(unpack_codes(ready.codes, N, K), **unpack_records(ready.records, N, K, layer))
+    packed = Packed(unpack_codes(ready.codes, N, K, layer.grid), **unpack_records(ready.records, N, K, layer))
     W = dequantize(*packed, layer.group, layer.grid, K, torch.float64)
     return F.linear(x.double(), W).to(dtype or x.dtype)
 
@@ -257,7 +257,7 @@ def test_check(monkeypatch, layer, M):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Every launch of lut_gemm that would be timed, once, in order."""
+    """Every launch of lut_gemm and fused_gemm that would be timed, once, in order."""
     calls = []
 
     def time_graph(launch, count, repeats, reset=None):
@@ -267,7 +267,8 @@ def launched(monkeypatch):
 
     for module in (lutq.trial, lutq.tune):
         monkeypatch.setattr(module, "time_graph", time_graph)
-    monkeypatch.setattr(lutq.cuda, "run_lut", lambda found, a, *_: calls.append(a))
+    for run in ("run_lut", "run_fused"):
+        monkeypatch.setattr(lutq.cuda, run, lambda found, a, *_: calls.append(a))
     monkeypatch.setattr(lutq.cuda, "kernels", lambda device: None)
     for module in (lutq.cuda, lutq.trial):
         monkeypatch.setattr(module, "properties", lambda device: MADE_UP)
@@ -331,15 +332,14 @@ def test_launches_of_tune(monkeypatch, launched):
     monkeypatch.setattr(lutq.tune, "multiply_dense", lambda x, w, *_: dense.append((x.shape[0], w.codes.data_ptr())))
     layer = layer_of(4, "auto", 32)
     ready = rotating(prepack(random_packed(48, 1024, layer, CPU), layer), 2)
-    assert lutq.tune.measure(ready, layer, 40, 5) == (1.0, 1.0)
-    step = launched[0].M
-    each = -(-40 // step)
-    assert sum(a.M for a in launched[:each]) == 40
+    assert lutq.tune.measure(ready, layer, 100, 5) == (1.0, 1.0)
+    step, each = 64, 2
+    assert [a.M for a in launched] == [64, 36] * (len(launched) // 2), "fused_gemm takes 64 rows at a time"
     assert [a.codes == ready[0].codes.data_ptr() for a in launched[: 2 * each]] == [True] * each + [False] * each
     assert [a.y - launched[0].y for a in launched[:each]] == [2 * 48 * step * i for i in range(each)]
     assert [a.x - launched[0].x for a in launched[:each]] == [2 * 1024 * step * i for i in range(each)]
     assert len(dense) * each == len(launched)
-    assert dense[:3] == [(40, ready[i].codes.data_ptr()) for i in (0, 1, 0)]
+    assert dense[:3] == [(100, ready[i].codes.data_ptr()) for i in (0, 1, 0)]
 
 
 # Records and the table
@@ -537,7 +537,7 @@ def test_merge_into_something_else(tmp_path, content):
 def test_rows_table():
     lines = rows_table({3: {16: (1.0, 2.25), 32: (3.0, 4.0)}, 4: {16: (5.0, 6.0), 32: (7.0, 8.0)}}).splitlines()
     assert lines[1].split() == ["16", "1.0", "2.2", "5.0", "6.0"], f"{lines}"
-    assert re.split(r"\s{2,}", lines[0].strip())[1:3] == ["lut_gemm, 3 bits", "dense, 3 bits"], f"{lines}"
+    assert re.split(r"\s{2,}", lines[0].strip())[1:3] == ["packed, 3 bits", "dense, 3 bits"], f"{lines}"
 
 
 def test_tune(invoke, made_up, monkeypatch, tmp_path):
@@ -550,6 +550,6 @@ def test_tune(invoke, made_up, monkeypatch, tmp_path):
     limits = {"1": 160, "2": 80, "3": 48, "4": 40}
     assert json.loads((tmp_path / "cache" / "gpus.json").read_text()) == {"NVIDIA Made Up": limits}
     last = result.stdout.splitlines()[-1]
-    assert last.startswith("lut_gemm up to these rows: 160 at 1 bits, 80 at 2 bits, 48 at 3 bits, 40 at 4 bits; written to ")
+    assert last.startswith("packed up to these rows: 160 at 1 bits, 80 at 2 bits, 48 at 3 bits, 40 at 4 bits; written to ")
     assert last.endswith("gpus.json")
     assert len(result.stdout.splitlines()) == 1 + 1 + len(lutq.tune.ROWS) + 1, f"{result.stdout}"

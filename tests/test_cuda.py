@@ -1,7 +1,6 @@
 """What the `cuda` backend decides in Python, against the text of kernels/*.cu and a stand-in for the compiled library.
 
-The stand-in does in float64, from the same pointers, what the two kernels promise; the kernels themselves are tested in
-tests/gpu.
+The stand-in does in float64, from the same pointers, what the kernels promise; the kernels themselves are tested in tests/gpu.
 """
 
 import contextlib
@@ -19,17 +18,37 @@ from conftest import random_packed
 import lutq.cuda
 import lutq.ops
 from lutq.config import LayerConfig
-from lutq.cuda import DTYPES, EIGHT, FEW, FEW_INPUTS, GRIDS, ONE, Arguments, Gpu, Prepacked, aligned, plan, prepack, rows_limit
+from lutq.cuda import (
+    DTYPES,
+    EIGHT,
+    FEW,
+    FEW_INPUTS,
+    FUSED,
+    GRIDS,
+    LUT_LIMIT,
+    ONE,
+    Arguments,
+    FusedPlan,
+    Gpu,
+    Prepacked,
+    aligned,
+    fused_plan,
+    plan,
+    prepack,
+    properties,
+    rows_limit,
+)
 from lutq.errors import LutqError
 from lutq.ops import choose_backend, working_backend
 from lutq.pack import Packed, dequantize
 from lutq.paths import shipped
-from lutq.prepack import unpack_codes, unpack_records
+from lutq.prepack import PANEL, TILE, UNIT, unpack_codes, unpack_records
 
-H200 = Gpu("NVIDIA H200", 132, 227 << 10, True)
-A100 = Gpu("NVIDIA A100", 108, 163 << 10, False)
-RTX = Gpu("NVIDIA GeForce RTX 3090", 82, 99 << 10, False)
+H200 = Gpu("NVIDIA H200", 132, 227 << 10, True, True)
+A100 = Gpu("NVIDIA A100", 108, 163 << 10, False, False)
+RTX = Gpu("NVIDIA GeForce RTX 3090", 82, 99 << 10, False, False)
 GPUS = [H200, A100, RTX]
+FUSED_GPUS = [H200, Gpu("NVIDIA H100 PCIe", 114, 227 << 10, True, True)]
 SOURCES = "\n".join(path.read_text() for path in sorted(shipped("kernels").glob("*.cu*")))
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
@@ -112,7 +131,7 @@ def test_the_constants_are_those_of_the_kernels():
     names = kernel_constants()
     stages = constants(found(r"static constexpr int (STAGES = [^,]*)"), names)["STAGES"]
     scratch = int(found(r"scratch_bytes\(bool split\) \{ return split \? (\d+) : 0; \}"))
-    assert (names["TILE"], names["UNIT"]) == (lutq.prepack.TILE, lutq.prepack.UNIT)
+    assert (names["TILE"], names["PANEL"], names["UNIT"]) == (TILE, PANEL, UNIT)
     assert (names["MAX_THREADS"], scratch, stages) == (32 * lutq.cuda.MAX_WARPS, lutq.cuda.SCRATCH, lutq.cuda.STAGES)
     assert modes() == {getattr(lutq.cuda, name): name for name in ("ONE", "FEW", "EIGHT")}
 
@@ -123,14 +142,23 @@ def test_the_dtypes_and_grids_are_those_of_the_kernels():
     assert constants(found(r"enum Grid \{([^}]*)\}"), {}) == {name.upper(): number for name, number in GRIDS.items()}
 
 
-def test_arguments_are_the_struct():
-    body = re.sub(r"//[^\n]*", "", found(r"struct Linear \{([^}]*)\};"))
+def struct_fields(name):
+    """The fields of a struct of the kernels, as ctypes has them."""
+    body = re.sub(r"//[^\n]*", "", found(rf"struct {name} \{{([^}}]*)\}};"))
     fields = []
     for declaration in filter(None, map(str.strip, body.split(";"))):
         kind, names = re.fullmatch(r"((?:const )?(?:unsigned )?\w+\*?)\s+([\w, ]+)", declaration).groups()
         ctype = ctypes.c_void_p if kind.endswith("*") else {"int64_t": ctypes.c_int64, "int": ctypes.c_int}[kind]
         fields += [(name.strip(), ctype) for name in names.split(",")]
-    assert Arguments._fields_ == fields
+    return fields
+
+
+def test_arguments_are_the_struct():
+    assert list(Arguments._fields_) == struct_fields("Linear")
+
+
+def test_the_plan_of_fused_gemm_is_the_struct():
+    assert list(FusedPlan._fields_) == struct_fields("Plan")
 
 
 # plan
@@ -155,18 +183,18 @@ def test_plans_fit(gpu, bits):
             assert how.blocks % how.split == 0, f"{about} {how=}"
             assert how.split == 1 or gpu.clusters, f"{about} {how=}"
             assert how.k_warps * how.n_warps * 32 <= most, f"{about} {how=}"
-            assert how.blocks // how.split <= -(-N // 16), f"{about} {how=}"
+            assert how.blocks // how.split <= -(-N // (2 * TILE)), f"{about} {how=}"
             needed = shared_bytes(N, K, M, mode, bits, group, how)
             assert needed <= gpu.shared, f"{about} {how=} {needed=}"
 
 
 def test_shared_bytes_by_hand():
-    """The parsed formula once by hand, so that a wrong parse shows: two warps, 10 tiles for each of 100 clusters."""
+    """The parsed formula once by hand, so that a wrong parse shows: two warps, 5 pairs of tiles for each of 100 clusters."""
     ring = 4 * 2 * (3 * 512 + 2 * 4 * 32)
     one = shared_bytes(16 * 1000, 4096, 1, ONE, 3, 128, lutq.cuda.Plan(100, 1, 2, 1))
-    assert one == 2 * (ring + 2048) + 11 * 2 * 16 * 4
+    assert one == 2 * (ring + 2048) + 10 * 2 * 16 * 4
     eight = shared_bytes(16 * 1000, 4096, 7, EIGHT, 3, 128, lutq.cuda.Plan(200, 2, 2, 1))
-    assert eight == 2 * ring + 11 * (2 * 128 + 16 * 7) * 4
+    assert eight == 2 * ring + 10 * (2 * 128 + 16 * 7) * 4
     few = shared_bytes(16, 4096, 4, FEW, 1, 32, lutq.cuda.Plan(1, 1, 1, 1))
     assert few == 4 * 2 * (512 + 8 * 2 * 32) + 2048 + 2 * 64 * 4
 
@@ -176,7 +204,205 @@ def test_no_plan_says_what_to_do():
         with pytest.raises(
             LutqError, match=r"Toy has too little shared memory for 4 bits in groups of 32: use --backend reference"
         ):
-            plan(4096, 4096, M, 4, 32, Gpu("Toy", 10, 16 << 10, False))
+            plan(4096, 4096, M, 4, 32, Gpu("Toy", 10, 16 << 10, False, False))
+
+
+def test_a_plan_needs_what_the_kernel_asks_for():
+    """To the byte: with as much shared memory it is made again, with one byte less it is not."""
+    for (N, K), bits, group, (M, mode) in itertools.product(SHAPES, (1, 3, 4), (32, 128), ((1, ONE), (4, FEW), (8, EIGHT))):
+        how, about = plan(N, K, mode, bits, group, H200), f"{N=} {K=} {mode=} {bits=} {group=}"
+        needed = shared_bytes(N, K, M, mode, bits, group, how)
+        assert plan(N, K, mode, bits, group, H200._replace(shared=needed)) == how, f"{about} {how=} {needed=}"
+        with contextlib.suppress(LutqError):
+            assert plan(N, K, mode, bits, group, H200._replace(shared=needed - 1)) != how, f"{about} {how=} {needed=}"
+
+
+# fused_plan
+
+
+def fused_text(text):
+    """C++ of fused_gemm.cuh for `constants`: N is a template's, a.N of the arguments is a_N."""
+    text = re.sub(r"//[^\n]*|\(unsigned\)|\bplan\.", "", text).replace("1ull", "1")
+    return re.sub(r"\b(a|z|shape)\.", r"\1_", text)
+
+
+def kernel_most_groups(N):
+    return value(found(r"constexpr int most_groups\(int N\) \{ return ([^;]*); \}"), {"N": N})
+
+
+@functools.cache
+def fused_constants():
+    names = kernel_constants() | {"BCQ": GRIDS["bcq"], "UNIFORM": GRIDS["uniform"], "most_groups": kernel_most_groups}
+    for first in ("GROUP_THREADS", "BLOCK", "KEPT_STRIDE", "MOST_STAGES"):
+        names = constants(found(rf"constexpr int ({first} = [^;]*);"), names)
+    return names
+
+
+@functools.cache
+def fused_statements():
+    """Of the launch: declarations in order, the condition under which it is refused, and its threads."""
+    body = found(r"(?s)int launch\(const Linear& a, const Plan& plan, cudaStream_t stream\) \{(.*?)\n\}")
+    declarations, rest = fused_text(body).split("if (", 1)
+    lines = [re.sub(r"^const (int|size_t) ", "", line.strip()) for line in declarations.split(";")]
+    refused = re.match(r"(?s)(.*?)\)\s+return cudaErrorInvalidValue;", rest)[1]
+    threads = re.search(r"groups \* GROUP_THREADS[^;,]*", rest)[0]
+    return [line for line in lines if " = " in line], refused, threads
+
+
+@functools.cache
+def shape_initialisers():
+    body = found(r"(?s)Shape\(const Linear& a, int split\)\s*:(.*?)\{\}")
+    return [re.fullmatch(r"(\w+)\((.*?)\),?", line.strip()).groups() for line in fused_text(body).strip().splitlines()]
+
+
+def fused_launch(N, K, rows, layer, how):
+    """What the launch of fused_gemm derives, from its own expressions; `refused` says that it does not launch."""
+    how = {name: getattr(how, name) for name, _ in FusedPlan._fields_}
+    divisor, large, small = found(
+        r"a\.group % (\w+) == 0\s*\? by_rows<BITS, GRID, (\w+)>\(a, rows, plan, stream\)\s*: by_rows<BITS, GRID, (\w+)>"
+    )
+    names = fused_constants() | {"a_N": N, "a_K": K, "a_group": layer.group or UNIT * -(-K // UNIT), "a_bits": layer.bits}
+    names |= {"a_grid": GRIDS[layer.grid], "a_offsets": int(layer.offsets)}
+    shape = names | {"split": how["split"]}
+    for name, expression in shape_initialisers():
+        shape[name] = value(expression, shape)
+    names |= {f"shape_{name}": shape[name] for name, _ in shape_initialisers()} | how
+    names |= {"BITS": layer.bits, "GRID": GRIDS[layer.grid], "N": rows}
+    names["H"] = value(large if names["a_group"] % value(divisor, names) == 0 else small, names)
+    statements, refused, threads = fused_statements()
+    for declarations in statements:
+        names = constants(declarations, names)
+    return names | {"refused": value(refused, names), "threads": value(threads, names)}
+
+
+@functools.cache
+def shares(begin, count, parts):
+    """[first, last) of every part of `count`, as the kernel divides them by the declaration that starts with `begin`."""
+    declarations = fused_text(found(rf"const int ({begin} = \(unsigned\)z\.[^;]*);"))
+    whole = {"z_panels": count, "z_units": count, "clusters": parts, "split": parts}
+    divided = [constants(declarations, whole | {"cluster": i, "rank": i}) for i in range(parts)]
+    first, last = (name.split("=")[0].strip() for name in declarations.split(","))
+    return [(names[first], names[last]) for names in divided]
+
+
+def assert_covers(parts, count, about):
+    """Parts are [0, count) in order, none empty."""
+    assert parts[0][0] == 0, about
+    assert parts[-1][1] == count, about
+    assert all(last == following for (_, last), (following, _) in itertools.pairwise(parts)), about
+    assert all(first < last for first, last in parts), about
+
+
+FUSED_SHAPES = list(
+    itertools.product((1, 64, 65, 1000, 4096, 14336, 128256, 200000), (1, 256, 257, 513, 1024, 4096, 14336, 60000))
+)
+
+
+def fused_layers(bits):
+    return [
+        LayerConfig(bits, group, grid, offsets)
+        for group, grid, offsets in itertools.product((0, 32, 96, 128, 384), GRIDS, (False, True))
+    ]
+
+
+@pytest.mark.parametrize("gpu", FUSED_GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_fused_plans_fit(gpu, bits):
+    names = fused_constants()
+    assert gpu.shared == 232448
+    bounds = found(r"__launch_bounds__\(([^\n]*), 1\)\s+fused_gemm")
+    for (N, K), layer, rows in itertools.product(FUSED_SHAPES, fused_layers(bits), FUSED):
+        how, about = fused_plan(N, K, rows, layer, gpu), f"{gpu.name} {N=} {K=} {layer=} {rows=}"
+        about += f" {[(name, getattr(how, name)) for name, _ in FusedPlan._fields_]}"
+        kernel = fused_launch(N, K, rows, layer, how)
+        groups = how.k_groups * how.n_groups
+        assert min(getattr(how, name) for name, _ in FusedPlan._fields_) >= 1, about
+        assert not kernel["refused"], about
+        assert kernel["bytes"] <= gpu.shared, f"{about} {kernel['bytes']=}"
+        assert kernel["threads"] <= value(bounds, kernel), f"{about} {kernel['threads']=}"
+        assert how.stages & (how.stages - 1) == 0, f"{about}: stages are counted by masks"
+        assert groups * how.stages <= min(32, names["MOST_STAGES"]), f"{about}: a lane for every barrier"
+        assert how.slots <= min(32, names["MOST_SLOTS"]), about
+        assert groups <= lutq.cuda.MOST_GROUPS[rows], about
+        assert how.builders <= 3, about
+        assert kernel["z_slot"] % 128 == kernel["z_scales"] % 128 == kernel["z_stage"] % 16 == 0, about
+        # all panels and units, and none without work
+        clusters, panels = how.blocks // how.split, -(-N // PANEL)
+        assert how.blocks == clusters * how.split, about
+        by_cluster, by_rank = shares("first", panels, clusters), shares("begin", -(-K // UNIT), how.split)
+        assert_covers(by_cluster, panels, about)
+        assert_covers(by_rank, -(-K // UNIT), about)
+        assert max(last - first for first, last in by_cluster) == kernel["z_most_panels"] >= how.n_groups, about
+        assert max(end - begin for begin, end in by_rank) >= how.k_groups, about
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_a_fused_plan_needs_what_the_kernel_asks_for(bits):
+    """To the byte: with as much shared memory it is made again, with one byte less it is not."""
+    for (N, K), layer, rows in itertools.product(FUSED_SHAPES[::3], fused_layers(bits), FUSED):
+        how, about = fused_plan(N, K, rows, layer, H200), f"{N=} {K=} {layer=} {rows=}"
+        needed = fused_launch(N, K, rows, layer, how)["bytes"]
+        assert bytes(fused_plan(N, K, rows, layer, H200._replace(shared=needed))) == bytes(how), f"{about} {needed=}"
+        with contextlib.suppress(LutqError):
+            assert bytes(fused_plan(N, K, rows, layer, H200._replace(shared=needed - 1))) != bytes(how), f"{about} {needed=}"
+
+
+def test_fused_shared_bytes_by_hand():
+    """The parsed formula once by hand: 2 x 2 warpgroups, 16 rows, 3 bits in groups of 128, 3 panels for each of 10 clusters."""
+    how = FusedPlan(20, 2, 2, 2, 3, 2, 2, 2)
+    kernel = fused_launch(64 * 30 - 5, 4096, 16, LayerConfig(3, 128), how)
+    slot = 4 * 256 * 16 * 2 + 4 * 16 * 4
+    ring = 4 * 2 * 2 * (3 * 2048 + 2 * 4 * 4 * 32)
+    assert kernel["bytes"] == 512 + 2 * slot + ring + 2 * 3 * 16 * 68 * 4
+    assert (kernel["threads"], kernel["refused"]) == (4 * 128 + 4 * 32, False)
+
+
+def test_the_launch_refuses_what_would_not_fit():
+    layer = LayerConfig(3, 128)
+    for wrong in ({"k_groups": 4}, {"builders": 4}, {"slots": 9}, {"stages": 8}):
+        fields = {"blocks": 2, "split": 2, "k_groups": 2, "n_groups": 2, "builders": 3, "item": 1, "stages": 2, "slots": 2}
+        assert not fused_launch(64, 4096, 16, layer, FusedPlan(**fields))["refused"]
+        assert fused_launch(64, 4096, 16, layer, FusedPlan(**fields | wrong))["refused"], f"{wrong=}"
+
+
+def test_the_constants_are_those_of_fused_gemm():
+    names, ours = fused_constants(), lutq.cuda
+    assert (names["BARRIER_BYTES"], names["KEPT_STRIDE"]) == (ours.BARRIER_BYTES, ours.KEPT_STRIDE)
+    assert names["BARRIER_BYTES"] >= 2 * 8 * (names["MOST_STAGES"] + names["MOST_SLOTS"]), "two barriers of 8 bytes for each"
+    assert tuple(map(int, re.findall(r"case (\d+): return launch<BITS, GRID, H, \1>", SOURCES))) == FUSED
+    assert found(r"plan\.builders > (\d+)\)\s+return") == str(ours.BUILDERS)
+    assert {rows: kernel_most_groups(rows) for rows in FUSED} == ours.MOST_GROUPS
+
+
+def test_records_of_fused_gemm():
+    """The kernel multiplies where it means to divide by the group size, and a slot of the ring has room for an item's records."""
+    k = torch.arange(0, 65536, 32)
+    for group in range(32, 4096, 32):
+        names = fused_launch(64, 65536, 16, LayerConfig(3, group), FusedPlan(1, 1, 1, 1, 3, 1, 2, 2))
+        of = (k >> 5) * names["z_per_group"] >> 32 if names["z_per_group"] else k >> 5
+        assert torch.equal(of, k // group), f"{group=}"
+        for item in (1, 2):
+            begin = torch.arange(0, 65536 - item * UNIT + 1, UNIT)
+            most = (((begin + item * UNIT - 1) // group - begin // group) + 1).max().item()
+            assert most <= item * UNIT // names["H"], f"{group=} {item=}"
+
+
+def test_no_fused_plan_says_why():
+    for rows in FUSED:
+        with pytest.raises(LutqError, match="Toy has too little shared memory for 4 bits in groups of 32"):
+            fused_plan(4096, 4096, rows, LayerConfig(4, 32), Gpu("Toy", 10, 16 << 10, True, True))
+
+
+@pytest.mark.parametrize(
+    ("capability", "clusters", "fused"),
+    [((8, 0), False, False), ((8, 9), False, False), ((9, 0), True, True), ((10, 0), True, False), ((12, 0), True, False)],
+)
+def test_where_fused_gemm_runs(monkeypatch, capability, clusters, fused):
+    found = SimpleNamespace(
+        name="Toy", major=capability[0], minor=capability[1], multi_processor_count=10, shared_memory_per_block_optin=99
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert properties.__wrapped__(torch.device("cuda")) == Gpu("Toy", 10, 99, clusters, fused)
 
 
 def test_rows_limit():
@@ -232,30 +458,41 @@ def at(address, dtype, *shape):
 
 
 class StandIn:
-    """lutq_lut_gemm_Nbit and lutq_dequantize in float64; `calls` are (name, M or rows)."""
+    """The library in float64. `calls`: (lut_gemm or fused_gemm, mode, M) and (dequantize, rows); `plans`: those of every mode."""
 
     def __init__(self, factor=1.0):
-        self.calls, self.factor = [], factor
+        self.calls, self.plans, self.factor = [], {}, factor
 
     def weight(self, a):
         layer = LayerConfig(a.bits, a.group, next(name for name, n in GRIDS.items() if n == a.grid), bool(a.offsets))
-        T, U, G = -(-a.N // 16), -(-a.K // 256), -(-a.K // a.group)
+        P, U = -(-a.N // PANEL), -(-a.K // UNIT)
+        G = -(-U * UNIT // a.group)
         record = 32 * (a.bits + a.offsets) if layer.grid == "bcq" else 32 + 16 * a.offsets
-        codes, records = at(a.codes, torch.int32, T + 1, 2 * U, 64 * a.bits), at(a.records, torch.uint8, T + 1, G, record)
-        packed = Packed(unpack_codes(codes, a.N, a.K), **unpack_records(records, a.N, a.K, layer))
+        codes, records = at(a.codes, torch.int32, P, U, 4, 128 * a.bits), at(a.records, torch.uint8, P, G, 4, record)
+        packed = Packed(unpack_codes(codes, a.N, a.K, layer.grid), **unpack_records(records, a.N, a.K, layer))
         return dequantize(*packed, a.group, layer.grid, a.K, torch.float64)
 
     def __getattr__(self, name):
-        bits = int(re.fullmatch(r"lutq_lut_gemm_([1-4])bit", name)[1])
-        return functools.partial(self.lut_gemm, bits)
+        kernel, bits = re.fullmatch(r"lutq_(lut_gemm|fused_gemm)_([1-4])bit", name).groups()
+        return functools.partial(getattr(self, kernel), int(bits))
 
     def lut_gemm(self, bits, reference, mode, blocks, split, k_warps, n_warps, stream):
         a = reference._obj
+        assert mode in (ONE, FEW) or (mode == EIGHT and list(DTYPES)[a.x_dtype] != torch.float32), f"{mode=} {a.x_dtype=}"
+        return self.product("lut_gemm", bits, a, mode, (blocks, split, k_warps, n_warps))
+
+    def fused_gemm(self, bits, reference, mode, how, stream):
+        a = reference._obj
+        assert mode in FUSED, f"{mode=}"
+        assert list(DTYPES)[a.x_dtype] in (torch.float16, torch.bfloat16), f"{a.x_dtype=}"
+        return self.product("fused_gemm", bits, a, mode, bytes(how._obj))
+
+    def product(self, kernel, bits, a, mode, how):
         assert a.bits == bits, f"{a.bits=} {bits=}"
-        self.calls.append(("lut_gemm", a.M))
+        self.calls.append((kernel, mode, a.M))
+        self.plans.setdefault((kernel, mode), set()).add(how)
         x_dtype, y_dtype = list(DTYPES)[a.x_dtype], list(DTYPES)[a.y_dtype]
         assert 1 <= a.M <= mode, f"{a.M=} {mode=}"
-        assert mode in (ONE, FEW) or (mode == EIGHT and x_dtype != torch.float32), f"{mode=} {x_dtype=}"
         if x_dtype != torch.float32:  # read 16 bytes at a time
             assert a.x % 16 == 0, f"{a.x=}"
             assert a.M == 1 or a.x_stride % 8 == 0, f"{a.x_stride=}"
@@ -274,12 +511,16 @@ class StandIn:
         return 0
 
 
+LIMIT = 100  # of rows, on the stand-in's GPU
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     """A StandIn in the place of the library, on the CPU."""
     library = StandIn()
     monkeypatch.setattr(lutq.cuda, "kernels", lambda device: library)
     monkeypatch.setattr(lutq.cuda, "properties", lambda device: H200)
+    monkeypatch.setattr(lutq.cuda, "rows_limit", lambda name, bits: LIMIT)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
@@ -293,12 +534,110 @@ def multiply(x, packed, layer, bias=None, dtype=None):
     return lutq.cuda.multiply(x, ready, bias, packed.codes.shape[1], layer, dtype)
 
 
-def expected_calls(M, K, dtype, bits):
-    """Launches of lut_gemm by their rows; None where W is dequantized. See the table in lutq/cuda.py."""
-    at_once = 4 if M <= 4 or dtype == torch.float32 or K < FEW_INPUTS else 8
-    if max(4, rows_limit(H200.name, bits) * at_once // 8) < M:
-        return None
-    return [min(at_once, M - first) for first in range(0, M, at_once)]
+# Which kernel
+
+
+def lut(mode, *rows):
+    return [("lut_gemm", mode, M) for M in rows]
+
+
+def fused(mode, *rows):
+    return [("fused_gemm", mode, M) for M in rows]
+
+
+DENSE = [("dequantize", 33)]
+BY_FUSED = {1: lut(1, 1), 2: lut(4, 2), 3: lut(4, 3), 4: lut(4, 4), 5: lut(8, 5), 8: lut(8, 8), 9: fused(16, 9)}
+BY_FUSED |= {16: fused(16, 16), 17: fused(32, 17), 32: fused(32, 32), 33: fused(64, 33), 64: fused(64, 64)}
+BY_FUSED |= {65: fused(64, 64, 1), 72: fused(64, 64, 8), LIMIT: fused(64, 64, 36), LIMIT + 1: DENSE}
+BY_EIGHTS = {1: lut(1, 1), 2: lut(4, 2), 4: lut(4, 4), 5: lut(8, 5), 8: lut(8, 8), 9: lut(8, 8, 1), 16: lut(8, 8, 8)}
+BY_EIGHTS |= {33: lut(8, 8, 8, 8, 8, 1)}
+BY_FOURS = {1: lut(1, 1), 2: lut(4, 2), 4: lut(4, 4), 5: lut(4, 4, 1), 8: lut(4, 4, 4), 9: lut(4, 4, 4, 1)}
+# what may run -> rows of x -> launches with their modes and rows; see lutq/cuda.py. LUT_LIMIT counts where the limit is fused_gemm's
+LAUNCHES = {
+    "fused": BY_FUSED,
+    "eights": BY_EIGHTS | {LIMIT: lut(8, *[8] * 12, 4), LIMIT + 1: DENSE},
+    "a few eights": BY_EIGHTS | {LUT_LIMIT: lut(8, *[8] * (LUT_LIMIT // 8)), LUT_LIMIT + 1: DENSE},
+    "fours": BY_FOURS | {LIMIT // 2: lut(4, *[4] * 12, 2), LIMIT // 2 + 1: DENSE},
+    "a few fours": BY_FOURS | {LUT_LIMIT // 2: lut(4, *[4] * (LUT_LIMIT // 8)), LUT_LIMIT // 2 + 1: DENSE},
+    "dense": dict.fromkeys((1, 4, 5, 9, 64), DENSE),
+}
+HALF, SINGLE = (torch.float16, torch.bfloat16), (torch.float32,)
+WAYS = [  # dtypes of x, K, GPU, grid, wide, what may run
+    (HALF, FEW_INPUTS, H200, "bcq", False, "fused"),
+    (HALF, FEW_INPUTS, H200, "uniform", False, "fused"),
+    (HALF, FEW_INPUTS, A100, "bcq", False, "eights"),
+    (HALF, FEW_INPUTS, H200._replace(fused=False), "uniform", False, "eights"),
+    (HALF, FEW_INPUTS, H200, "bcq", True, "a few eights"),
+    (HALF, FEW_INPUTS, H200, "uniform", True, "dense"),
+    (HALF, FEW_INPUTS - 1, H200, "bcq", False, "a few fours"),
+    (HALF, FEW_INPUTS - 1, A100, "uniform", False, "fours"),
+    (HALF, FEW_INPUTS - 1, H200, "bcq", True, "a few fours"),
+    (SINGLE, FEW_INPUTS, H200, "bcq", False, "a few fours"),
+    (SINGLE, FEW_INPUTS, A100, "uniform", False, "fours"),
+    (SINGLE, FEW_INPUTS, H200, "uniform", True, "dense"),
+]
+
+
+def launches_of(stand_in, x, ready, layer):
+    stand_in.calls.clear()
+    lutq.cuda.multiply(x, ready, None, 33, layer)
+    return list(stand_in.calls)
+
+
+@pytest.mark.parametrize(("dtypes", "K", "gpu", "grid", "wide", "way"), WAYS)
+def test_which_kernel_runs(stand_in, monkeypatch, dtypes, K, gpu, grid, wide, way):
+    monkeypatch.setattr(lutq.cuda, "properties", lambda device: gpu)
+    layer = LayerConfig(3, 128, grid)
+    ready = prepack(random_packed(33, K, layer), layer)._replace(wide=wide)
+    for dtype, (M, expected) in itertools.product(dtypes, LAUNCHES[way].items()):
+        calls = launches_of(stand_in, torch.ones(M, K, dtype=dtype), ready, layer)
+        assert calls == expected, f"{dtype=} {K=} {gpu=} {grid=} {wide=} {M=} {calls=}"
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"),
+    [  # rows_limit -> rows that are not dequantized: fused_gemm; 8 at a time on an A100; 4 at a time beside fused_gemm
+        (200, (200, 200, 24)),
+        (48, (48, 48, 24)),
+        (40, (40, 40, 20)),
+        (16, (16, 16, 8)),
+        (8, (8, 8, 4)),
+        (1, (4, 4, 4)),
+    ],
+)
+def test_up_to_how_many_rows(stand_in, monkeypatch, limit, most):
+    layer = LayerConfig(3, 128)
+    ready = prepack(random_packed(33, FEW_INPUTS, layer), layer)
+    monkeypatch.setattr(lutq.cuda, "rows_limit", lambda name, bits: limit)
+    monkeypatch.setattr(lutq.cuda, "LUT_LIMIT", 48)
+    for (gpu, dtype), M in zip(((H200, torch.half), (A100, torch.half), (H200, torch.float)), most, strict=True):
+        monkeypatch.setattr(lutq.cuda, "properties", lambda device, gpu=gpu: gpu)
+        for rows in (M, M + 1):
+            calls = launches_of(stand_in, torch.ones(rows, FEW_INPUTS, dtype=dtype), ready, layer)
+            assert (calls == DENSE) == (rows > M), f"{limit=} {gpu.name} {dtype=} {rows=} {calls=}"
+
+
+def test_a_mode_has_one_plan(stand_in):
+    """Whatever M: it decides in which order a row is summed."""
+    layer = LayerConfig(3, 128)
+    ready = prepack(random_packed(33, FEW_INPUTS, layer), layer)
+    for M in range(1, LIMIT + 1):
+        launches_of(stand_in, torch.ones(M, FEW_INPUTS).half(), ready, layer)
+    assert list(stand_in.plans) == [*(("lut_gemm", mode) for mode in (1, 4, 8)), *(("fused_gemm", mode) for mode in FUSED)]
+    assert all(len(plans) == 1 for plans in stand_in.plans.values()), f"{stand_in.plans=}"
+    for rows in FUSED:
+        how = bytes(fused_plan(33, FEW_INPUTS, rows, layer, H200))
+        assert stand_in.plans["fused_gemm", rows] == {how}, f"{rows=}"
+
+
+# The product
+
+
+def expected_calls(M, K, dtype, N):
+    way = "fused" if K >= FEW_INPUTS and dtype != torch.float32 else "fours"
+    slices = [("dequantize", min(32, N - first)) for first in range(0, N, 32)]
+    calls = LAUNCHES[way].get(M, DENSE)
+    return slices if calls == DENSE else calls
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
@@ -311,7 +650,7 @@ def test_multiply(stand_in, dtype, grid, offsets, monkeypatch):
         W = dequantize(*packed, group, grid, K, torch.float64)
         monkeypatch.setattr(lutq.cuda, "SLICE", K * 16 * 2)  # two tiles at a time
         monkeypatch.setattr(lutq.cuda, "SMALL", 0)
-        for M, bias in itertools.product((1, 4, 5, 16, 17, 48, 49, 100), (False, True)):
+        for M, bias in itertools.product((1, 4, 5, 9, 32, 72, 100, 101), (False, True)):
             x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype)
             b = torch.randn(N, generator=torch.Generator().manual_seed(M)).to(dtype) if bias else None
             stand_in.calls.clear()
@@ -320,13 +659,9 @@ def test_multiply(stand_in, dtype, grid, offsets, monkeypatch):
             scale = x.double().abs() @ W.abs().T
             error = ((y.double() - wanted).abs() / scale).max().item()
             assert (y.shape, y.dtype) == ((M, N), torch.float32), about
-            pieces = expected_calls(M, K, dtype, bits)
-            assert error < (1e-6 if pieces or dtype == torch.float32 else 5e-4), f"{about} {error=}"
-            if pieces:
-                assert stand_in.calls == [("lut_gemm", rows) for rows in pieces], f"{about} {stand_in.calls=}"
-            else:
-                slices = [("dequantize", min(32, N - first)) for first in range(0, N, 32)]
-                assert stand_in.calls == slices, f"{about} {stand_in.calls=}"
+            assert stand_in.calls == expected_calls(M, K, dtype, N), f"{about} {stand_in.calls=}"
+            rounded = stand_in.calls[0][0] == "dequantize" and dtype != torch.float32
+            assert error < (5e-4 if rounded else 1e-6), f"{about} {error=}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
@@ -419,12 +754,12 @@ def test_the_check_of_a_new_library(stand_in, factor, monkeypatch):
 
 
 def test_a_launch_that_fails_is_an_error(stand_in, monkeypatch):
-    packed, layer = random_packed(20, 100, LayerConfig(3, 32)), LayerConfig(3, 32)
-    for name, M in (("lutq_lut_gemm_3bit", 1), ("lutq_dequantize", 100)):
+    packed, layer = random_packed(20, FEW_INPUTS, LayerConfig(3, 32)), LayerConfig(3, 32)
+    for name, M in (("lutq_lut_gemm_3bit", 1), ("lutq_fused_gemm_3bit", 9), ("lutq_dequantize", LIMIT + 1)):
         with monkeypatch.context() as patch:
             patch.setattr(stand_in, name, lambda *arguments: 98, raising=False)
             with pytest.raises(RuntimeError, match="could not be launched: error 98"):
-                multiply(torch.ones(M, 100).half(), packed, layer)
+                multiply(torch.ones(M, FEW_INPUTS).half(), packed, layer)
 
 
 def test_kernel_order_by_hand(stand_in):
@@ -433,7 +768,8 @@ def test_kernel_order_by_hand(stand_in):
     packed, x = random_packed(20, 100, layer), torch.ones(3, 100)
     ready = prepack(packed, layer)
     assert isinstance(ready, Prepacked)
-    assert (ready.codes.shape, ready.records.shape) == ((3, 2, 128), (3, 1, 48)), f"{ready.codes.shape=} {ready.records.shape=}"
+    shapes = ready.codes.shape, ready.records.shape
+    assert shapes == ((1, 1, 4, 256), (1, 1, 4, 48)), f"{shapes=}"
     bias = torch.ones(20)
     y = lutq.ops.cuda(x, packed, bias, 0, "uniform")
     assert torch.equal(y, multiply(x, packed, layer, bias))

@@ -32,7 +32,7 @@ SHAPES = [(1, 1), (16, 33), (100, 257), (33, 576), (1, 4100), (100, 1), (16, 410
 BIG = (512, 14336)
 SINGLE, ROUNDED, DENSE_SINGLE = 2e-6, 5e-4, 1e-5
 GRIDS = [(grid, offsets) for grid in ("bcq", "uniform") for offsets in (False, True)]
-SMALL = Gpu("small", 82, 101376, False)
+SMALL = Gpu("small", 82, 101376, False, False)
 
 
 def draw(shape, dtype=torch.float32, seed=0):
@@ -74,12 +74,15 @@ class Layer:
         return (y.double() - reference).norm(dim=-1) / scale
 
     def mode(self, M, dtype):
-        """Rows at a time in lut_gemm: 8 with rounded tables, else split ones; 0 where W is dequantized."""
+        """4 with split tables of x, 8 with rounded tables or rounded weights, 0 where W is dequantized."""
         if self.ready.wide and self.layer.grid == "uniform":
             return 0
         at_once = 4 if M <= 4 or dtype == torch.float32 or self.K < FEW_INPUTS else 8
         gpu = lutq.cuda.properties(self.packed.codes.device)
-        return at_once if max(4, rows_limit(gpu.name, self.layer.bits) * at_once // 8) >= M else 0
+        limit = rows_limit(gpu.name, self.layer.bits)
+        if not (at_once == 8 and gpu.fused and not self.ready.wide):
+            limit = max(4, (min(limit, lutq.cuda.LUT_LIMIT) if gpu.fused else limit) * at_once // 8)
+        return at_once if limit >= M else 0
 
     def limit(self, M, dtype):
         mode = self.mode(M, dtype)
@@ -170,6 +173,30 @@ def test_plans_of_a_small_gpu(bits, monkeypatch):
 
 
 # Arguments
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(("grid", "offsets"), GRIDS)
+def test_fused(bits, grid, offsets):
+    """But for the rounded weights the sums are those of fp32: in every mode, with any tail, whatever the launch."""
+    gpu, found = lutq.cuda.properties(torch.device(DEVICE, 0)), lutq.cuda.kernels(torch.device(DEVICE, 0))
+    if not gpu.fused:
+        pytest.skip("fused_gemm needs a GPU of compute capability 9.0")
+    verdict = Verdict()
+    few = gpu._replace(processors=3)
+    shapes = [(1, 300, 32), (64, 256, 128), (100, 576, 64), (130, 1000, 96), (200, 2080, 0), (700, 1024, 256)]
+    for (N, K, group), dtype in itertools.product(shapes, DTYPES[:2]):
+        layer = Layer(N, K, LayerConfig(bits, group, grid, offsets), seed=N)
+        W = layer.W.half().double()
+        for rows, processors in itertools.product(lutq.cuda.FUSED, (gpu, few)):
+            for M in (1, rows // 2 + 1, rows):
+                x, bias = draw((M, K), dtype, seed=M), draw((N,), dtype, seed=N)
+                y = torch.full((M, N), float("nan"), device=DEVICE)
+                arguments = lutq.cuda.arguments(lutq.cuda.aligned(x), layer.ready, bias, y, layer.layer)
+                lutq.cuda.run_fused(found, arguments, rows, layer.layer, processors)
+                errors = layer.errors(y, x, reference=x.double() @ W.T + bias.double())
+                verdict.add(errors, 5e-5, f"{N}x{K} {group=} {dtype} {rows=} {M=} on {processors.processors}")
+    verdict.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -353,9 +380,10 @@ def test_runs_are_equal(dtype, shape):
     [(100, 257, 3, 32), (512, 4096, 4, 128), (14336, 4096, 3, 32), (8192, 8192, 4, 32)],
 )
 def test_a_row_is_the_same_in_another_batch(dtype, N, K, bits, group):
-    """Within 2-4 rows and from 5 to where W is dequantized; the large shapes fill the shared memory of an H200."""
-    made, x = Layer(N, K, LayerConfig(bits, group)), draw((24, K), dtype)
-    for low, high in ((2, 4), (5, max(M for M in range(5, 25) if M == 5 or made.mode(M, dtype)))):
+    """Within every mode; the large shapes fill the shared memory of an H200."""
+    made, x = Layer(N, K, LayerConfig(bits, group)), draw((32, K), dtype)
+    for low, most in ((2, 4), (5, 8), (9, 16), (17, 32)):
+        high = max((M for M in range(low, most + 1) if made.mode(M, dtype)), default=0)
         whole = made(x[:high])
         for M in range(low, high + 1):
             about = f"{N=} {K=} {bits=} {group=} {dtype=} {M=} {high=}"

@@ -1,0 +1,3 @@
+#include "fused_gemm.cuh"
+
+LUTQ_FUSED_GEMM(3)
