@@ -42,11 +42,15 @@ template <int BITS, int H, int SPAN> struct Stream {
       : a(a), shape(shape), place(place), slot(ring + place.lane * 16), ring_end(ring + RING + place.lane * 16), pass(-1),
         tile(1 << 30), sub(SPAN - 1) {}
 
+  __device__ __forceinline__ void go_to_tile() {
+    codes = a.codes + place_of(tile, place.unit(pass), shape.units) * CODES + place.lane * 16;
+    records = a.records + place_of(tile, 0, shape.groups) * shape.record;
+  }
+
   __device__ __forceinline__ void enter_pass() {
     tile = place.tile_begin;
+    go_to_tile();
     const int unit = place.unit(pass);
-    codes = a.codes + place_of(tile, unit, shape.units) * CODES + place.lane * 16;
-    records = a.records + place_of(tile, 0, shape.groups) * shape.record;
 #pragma unroll
     for (int c = 0; c < COPIES; c++) {
       const unsigned vectors = shape.record / 8, v = place.lane + 32 * c, piece = v / vectors;  // vectors of two records
@@ -62,10 +66,14 @@ template <int BITS, int H, int SPAN> struct Stream {
   __device__ __forceinline__ void push() {
     if (++sub == SPAN || place.unit(pass) + sub >= shape.units) {
       sub = 0, tile += 2;
+#if __CUDA_ARCH__ < 860  // more instructions and fewer registers, which spill there
+      if (tile < place.tile_end) go_to_tile();
+#else
       codes += 2 * CODES, records += 2 * shape.record;
       if (tile % 4 == 0) {  // the next panel
         codes += (int64_t)4 * CODES * (shape.units - 1), records += (int64_t)4 * shape.record * (shape.groups - 1);
       }
+#endif
       if (tile >= place.tile_end && ++pass < place.passes) enter_pass();
     }
     if (pass < place.passes) {

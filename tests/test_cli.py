@@ -517,7 +517,8 @@ def test_one_error_in_a_new_interpreter(run_lutq):
 
 
 def test_interrupt(start_lutq, tiny, tmp_path):
-    running = start_lutq("quantize", tiny("deep"), "--method", "rtn", "--device", "cpu")
+    slow = ("quantize", tiny("deep"), "--bits", "4", "--start", "best", "--device", "cpu")  # so that it is not over at once
+    running = start_lutq(*slow)
     journal = tmp_path / "lutq-out.partial" / "lutq-progress.jsonl"
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 4):
@@ -529,7 +530,7 @@ def test_interrupt(start_lutq, tiny, tmp_path):
     assert result.stderr.splitlines()[-1].startswith("lutq: interrupted"), result.stderr
     assert "Traceback" not in result.stderr, result.stderr
     assert not (tmp_path / "lutq-out").exists()
-    result = start_lutq("quantize", tiny("deep"), "--method", "rtn", "--device", "cpu").wait()
+    result = start_lutq(*slow).wait()
     assert result.returncode == 0, result.stderr
 
 

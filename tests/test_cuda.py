@@ -552,7 +552,7 @@ BY_FUSED |= {65: fused(64, 64, 1), 72: fused(64, 64, 8), LIMIT: fused(64, 64, 36
 BY_EIGHTS = {1: lut(1, 1), 2: lut(4, 2), 4: lut(4, 4), 5: lut(8, 5), 8: lut(8, 8), 9: lut(8, 8, 1), 16: lut(8, 8, 8)}
 BY_EIGHTS |= {33: lut(8, 8, 8, 8, 8, 1)}
 BY_FOURS = {1: lut(1, 1), 2: lut(4, 2), 4: lut(4, 4), 5: lut(4, 4, 1), 8: lut(4, 4, 4), 9: lut(4, 4, 4, 1)}
-# what may run -> rows of x -> launches with their modes and rows; see lutq/cuda.py. LUT_LIMIT counts where the limit is fused_gemm's
+# what may run -> rows of x -> launches with their modes and rows; see lutq/cuda.py. "a few": where the limit is fused_gemm's
 LAUNCHES = {
     "fused": BY_FUSED,
     "eights": BY_EIGHTS | {LIMIT: lut(8, *[8] * 12, 4), LIMIT + 1: DENSE},
