@@ -12,8 +12,8 @@ For fp32 x, and below 1024 inputs, where few roundings average out, lut_gemm wit
 Weights that fp16 does not hold (`wide`) never go through fp16, nor do those of small layers above rows_limit, nor fp32 x.
 
 x that is not finite gives a y that is not finite. The same call gives the same bits every time. In lut_gemm and fused_gemm a
-row's result does not depend on the other rows: it is the same bits at every M of one mode (1; 2 to 4; 5 to 8; 9 to 16, 32, 64).
-An ordinary matrix product promises no such thing.
+row's result does not depend on the other rows: it is the same bits at every M of one mode (1; 2 to 4; 5 to 8;
+9 to 16; 17 to 32; above). An ordinary matrix product promises no such thing.
 """
 
 import ctypes
@@ -208,7 +208,9 @@ def fused_plan(N: int, K: int, rows: int, layer: LayerConfig, gpu: Gpu) -> Fused
             ring = k_groups * n_groups * FUSED_STAGES * item * unit
             if BARRIER_BYTES + SLOTS * slot + ring + k_groups * most * rows * KEPT_STRIDE * 4 <= gpu.shared:
                 return FusedPlan(clusters * split, split, k_groups, n_groups, BUILDERS, item, FUSED_STAGES, SLOTS)
-    raise LutqError(f"{gpu.name} has too little shared memory for {layer.bits} bits in groups of {layer.group}")
+    raise LutqError(
+        f"{gpu.name} has too little shared memory for {layer.bits} bits in groups of {layer.group}: use --backend reference"
+    )
 
 
 def user_table() -> Path:
@@ -217,15 +219,15 @@ def user_table() -> Path:
 
 
 @functools.cache
-def rows_limit(name: str, bits: int) -> int:
-    """Up to how many rows lut_gemm and fused_gemm beat dequantizing on this GPU.
+def rows_limit(name: str, bits: int, fused: bool) -> int:
+    """Up to how many rows lut_gemm, and fused_gemm where the GPU has it, beat dequantizing on this GPU.
 
     Measured by `lutq bench kernel --tune`, whose table in the user's cache goes before configs/gpus.json.
     """
     table = json.loads((shipped("configs") / "gpus.json").read_text())
     own = user_table()
     table |= json.loads(own.read_text()) if own.is_file() else {}
-    return table.get(name, table["default"])[str(bits)]
+    return table.get(name, table["default 9.0" if fused else "default"])[str(bits)]
 
 
 def arguments(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> Arguments:
@@ -308,7 +310,7 @@ def multiply(
     with torch.cuda.device(device):
         mode = lut_mode(rows)
         gpu = properties(device)
-        limit = rows_limit(gpu.name, layer.bits)
+        limit = rows_limit(gpu.name, layer.bits, gpu.fused)
         if not fits_fused(mode, ready, gpu):
             limit = max(FEW, (min(limit, LUT_LIMIT) if gpu.fused else limit) * max(mode, FEW) // EIGHT)
         if rows.shape[0] > limit or (ready.wide and layer.grid == "uniform"):  # lut_gemm takes 8 times a uniform step into fp16

@@ -95,7 +95,8 @@ def time_layer(ready: list[Prepacked], N: int, K: int, M: int, layer: LayerConfi
     """Time per product. The layer is given as its copies."""
     device, n = ready[0].codes.device, len(ready)
     count = launches(M, expected_us(traffic(N, K, M, layer), M, N, K), n)
-    if not chained(M, rows_limit(properties(device).name, layer.bits)):
+    gpu = properties(device)
+    if not chained(M, rows_limit(gpu.name, layer.bits, gpu.fused)):
         x = torch.randn(M, K, dtype=torch.float16, device=device)
         return time_graph(lambda i: product(x, ready[i % n], N, layer), count, repeats)
     chain = Chain(M, N, K, device)

@@ -272,7 +272,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(lutq.cuda, "kernels", lambda device: None)
     for module in (lutq.cuda, lutq.trial):
         monkeypatch.setattr(module, "properties", lambda device: MADE_UP)
-    monkeypatch.setattr(lutq.trial, "rows_limit", lambda name, bits: 64)
+    monkeypatch.setattr(lutq.trial, "rows_limit", lambda name, bits, fused: 64)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     return calls
 

@@ -389,7 +389,9 @@ def test_records_of_fused_gemm():
 
 def test_no_fused_plan_says_why():
     for rows in FUSED:
-        with pytest.raises(LutqError, match="Toy has too little shared memory for 4 bits in groups of 32"):
+        with pytest.raises(
+            LutqError, match="Toy has too little shared memory for 4 bits in groups of 32: use --backend reference"
+        ):
             fused_plan(4096, 4096, rows, LayerConfig(4, 32), Gpu("Toy", 10, 16 << 10, True, True))
 
 
@@ -407,10 +409,12 @@ def test_where_fused_gemm_runs(monkeypatch, capability, clusters, fused):
 
 def test_rows_limit():
     for bits in (1, 2, 3, 4):
-        unknown = rows_limit("Abacus 9000", bits)
-        assert unknown >= EIGHT, f"{bits=} {unknown=}"
-        assert rows_limit("", bits) == unknown, f"{bits=}"
-        assert rows_limit("NVIDIA H200", bits) >= EIGHT, f"{bits=}"
+        for fused in (False, True):
+            unknown = rows_limit("Abacus 9000", bits, fused)
+            assert unknown >= EIGHT, f"{bits=} {fused=} {unknown=}"
+            assert rows_limit("", bits, fused) == unknown, f"{bits=} {fused=}"
+        assert rows_limit("", bits, False) < rows_limit("", bits, True), f"{bits=}: fused_gemm pays longer"
+        assert rows_limit("NVIDIA H200", bits, True) >= EIGHT, f"{bits=}"
 
 
 # aligned
@@ -520,7 +524,7 @@ def stand_in(monkeypatch):
     library = StandIn()
     monkeypatch.setattr(lutq.cuda, "kernels", lambda device: library)
     monkeypatch.setattr(lutq.cuda, "properties", lambda device: H200)
-    monkeypatch.setattr(lutq.cuda, "rows_limit", lambda name, bits: LIMIT)
+    monkeypatch.setattr(lutq.cuda, "rows_limit", lambda name, bits, fused: LIMIT)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
@@ -608,7 +612,7 @@ def test_which_kernel_runs(stand_in, monkeypatch, dtypes, K, gpu, grid, wide, wa
 def test_up_to_how_many_rows(stand_in, monkeypatch, limit, most):
     layer = LayerConfig(3, 128)
     ready = prepack(random_packed(33, FEW_INPUTS, layer), layer)
-    monkeypatch.setattr(lutq.cuda, "rows_limit", lambda name, bits: limit)
+    monkeypatch.setattr(lutq.cuda, "rows_limit", lambda name, bits, fused: limit)
     monkeypatch.setattr(lutq.cuda, "LUT_LIMIT", 48)
     for (gpu, dtype), M in zip(((H200, torch.half), (A100, torch.half), (H200, torch.float)), most, strict=True):
         monkeypatch.setattr(lutq.cuda, "properties", lambda device, gpu=gpu: gpu)

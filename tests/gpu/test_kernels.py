@@ -79,7 +79,7 @@ class Layer:
             return 0
         at_once = 4 if M <= 4 or dtype == torch.float32 or self.K < FEW_INPUTS else 8
         gpu = lutq.cuda.properties(self.packed.codes.device)
-        limit = rows_limit(gpu.name, self.layer.bits)
+        limit = rows_limit(gpu.name, self.layer.bits, gpu.fused)
         if not (at_once == 8 and gpu.fused and not self.ready.wide):
             limit = max(4, (min(limit, lutq.cuda.LUT_LIMIT) if gpu.fused else limit) * at_once // 8)
         return at_once if limit >= M else 0
