@@ -17,6 +17,7 @@
 // The order is slab, n_groups panels, k_groups items, panel. The sums of a panel rest in shared memory between slabs. In the end
 // they are added over k_groups and then over the cluster, always in the same order.
 #pragma once
+#include "launch.cuh"
 #include "layout.cuh"
 
 struct Plan {  // of a launch; chosen by lutq/cuda.py
@@ -564,22 +565,8 @@ template <int BITS, int GRID, int H, int N> int launch(const Linear& a, const Pl
                        (size_t)plan.k_groups * z.most_panels * N * KEPT_STRIDE * 4;
   if (groups > most_groups(N) || groups * plan.stages > MOST_STAGES || plan.slots > MOST_SLOTS || plan.builders > 3)
     return cudaErrorInvalidValue;
-  const auto kernel = fused_gemm<BITS, GRID, H, N>;
-  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-  if (e != cudaSuccess) return e;
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = plan.split, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = plan.blocks;
-  config.blockDim = groups * GROUP_THREADS + (plan.builders + 1) * 32;
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = plan.split > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, a, z, plan);
+  const int threads = groups * GROUP_THREADS + (plan.builders + 1) * 32;
+  return launch_kernel(fused_gemm<BITS, GRID, H, N>, plan.blocks, plan.split, threads, bytes, stream, a, z, plan);
 }
 
 template <int BITS, int GRID, int H> int by_rows(const Linear& a, int rows, const Plan& plan, cudaStream_t stream) {

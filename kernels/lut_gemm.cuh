@@ -13,6 +13,7 @@
 // memory, without an instruction to unpack them, and scaled sums come out in fp32. (That two values may have the same
 // index is not promised by the PTX manual; tests/gpu checks it on the GPU at hand, and lutq runs that check once.)
 #pragma once
+#include "launch.cuh"
 #include "stream.cuh"
 #include "tables.cuh"
 
@@ -240,21 +241,7 @@ template <int BITS, int GRID, int H, int MODE> int launch(const Linear& a, const
   const size_t bytes = (size_t)warps * (Stream<BITS, H, Columns<MODE, H>::SPAN>::RING + scratch_bytes(Columns<MODE, H>::SPLIT)) +
                        (size_t)max_tiles * (l.k_warps * Columns<MODE, H>::KEPT + (l.split > 1 ? TILE * a.M : 0)) * 4;
   const auto kernel = lut_gemm<BITS, GRID, H, MODE>;
-  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-  if (e != cudaSuccess) return e;
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = l.split, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = l.blocks;
-  config.blockDim = warps * 32;
-  config.dynamicSmemBytes = bytes;
-  config.stream = l.stream;
-  config.attrs = attributes;
-  config.numAttrs = l.split > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, a, shape, l.k_warps, max_tiles);
+  return launch_kernel(kernel, l.blocks, l.split, warps * 32, bytes, l.stream, a, shape, l.k_warps, max_tiles);
 }
 
 template <int BITS, int GRID, int H> int by_mode(const Linear& a, const Launch& l) {

@@ -19,9 +19,10 @@ row's result does not depend on the other rows: it is the same bits at every M o
 import ctypes
 import functools
 import json
+from collections.abc import Callable
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -253,24 +254,21 @@ def arguments(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: t
     )
 
 
-def launched(code: int) -> None:
-    """Raise RuntimeError for a cudaError_t."""
+def start(entry: Callable[..., int], a: Arguments, *how: Any) -> None:
+    """Call an entry point of the library on the current stream. Raises RuntimeError for a cudaError_t."""
+    code = entry(ctypes.byref(a), *how, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
     if code:
         raise RuntimeError(f"a CUDA kernel could not be launched: error {code}")
 
 
 def run_lut(found: ctypes.CDLL, a: Arguments, mode: int, gpu: Gpu) -> None:
     """Launch lut_gemm in a mode on the current stream."""
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    launch = getattr(found, f"lutq_lut_gemm_{a.bits}bit")
-    launched(launch(ctypes.byref(a), mode, *plan(a.N, a.K, mode, a.bits, a.group, gpu), stream))
+    start(getattr(found, f"lutq_lut_gemm_{a.bits}bit"), a, mode, *plan(a.N, a.K, mode, a.bits, a.group, gpu))
 
 
 def run_fused(found: ctypes.CDLL, a: Arguments, rows: int, layer: LayerConfig, gpu: Gpu) -> None:
     """Launch fused_gemm in a mode on the current stream."""
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    made = fused_plan(a.N, a.K, rows, layer, gpu)
-    launched(getattr(found, f"lutq_fused_gemm_{a.bits}bit")(ctypes.byref(a), rows, ctypes.byref(made), stream))
+    start(getattr(found, f"lutq_fused_gemm_{a.bits}bit"), a, rows, ctypes.byref(fused_plan(a.N, a.K, rows, layer, gpu)))
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -360,7 +358,6 @@ def multiply_dense(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None,
         scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.clamp(-100, 120))
         x = (x / scale).half()
     step = max(1, SLICE // (K * TILE))
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     direct = not precise and scale is None and y.dtype == x.dtype
     tiles = ceil(N / TILE)
     for first in range(0, tiles, step):
@@ -369,7 +366,7 @@ def multiply_dense(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None,
         w = torch.empty(part.stop - part.start, K, dtype=torch.float32 if precise else torch.float16, device=x.device)
         a = arguments(x, ready, None, y, layer)
         a.y, a.y_dtype = w.data_ptr(), DTYPES[w.dtype]
-        launched(kernels(x.device).lutq_dequantize(ctypes.byref(a), first, last, stream))
+        start(kernels(x.device).lutq_dequantize, a, first, last)
         if direct:
             if bias is None:
                 torch.mm(x, w.T, out=y[:, part])

@@ -45,13 +45,14 @@ def random_packed(N: int, K: int, layer: LayerConfig, device: torch.device) -> P
         zero_points = torch.randint(0, levels, shapes["zero_points"][0], device=device, dtype=torch.uint8)
         square = (levels**2 - 1) / 6  # the mean of (u - zero point)^2
     scales /= math.sqrt(K * square * (1 + 1 / 12))
-    return Packed(codes, scales.half(), None, zero_points)
+    offsets = torch.randn(shapes["offsets"][0], device=device).div_(K).half() if "offsets" in shapes else None
+    return Packed(codes, scales.half(), offsets, zero_points)
 
 
 def select(packed: Packed, rows: list[int]) -> Packed:
     """Some rows of packed tensors."""
-    zero_points = None if packed.zero_points is None else packed.zero_points[rows]
-    return Packed(packed.codes[:, rows], packed.scales[:, rows], None, zero_points)
+    extras = (None if tensor is None else tensor[rows] for tensor in (packed.offsets, packed.zero_points))
+    return Packed(packed.codes[:, rows], packed.scales[:, rows], *extras)
 
 
 def product(x: torch.Tensor, ready: Prepacked, N: int, layer: LayerConfig, dtype: torch.dtype | None = None) -> torch.Tensor:

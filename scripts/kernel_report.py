@@ -3,20 +3,17 @@
 python scripts/kernel_report.py
 """
 
-import json
-import re
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "scripts" / "results"
+from readme import read, write
+
 BEGIN, END = "<!-- kernels: written by scripts/kernel_report.py -->", "<!-- end of kernels -->"
 FEW, MANY = (1, 2, 4, 8), (16, 32, 64, 256, 1024, 2048)
 
 
 def read_results() -> list[dict[str, Any]]:
     """Results in order of file name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("kernels-*.json"))]
+    return read("kernels-*.json")
 
 
 def number(us: float) -> str:
@@ -64,10 +61,7 @@ def tables() -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    readme.write_text(re.sub(pattern, lambda _: f"{BEGIN}\n{tables()}\n{END}", text, flags=re.S), encoding="utf-8")
+    write(BEGIN, tables(), END)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,17 @@
 python scripts/perplexity_report.py           # needs matplotlib (extra `test`)
 """
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "scripts" / "results"
+from readme import RESULTS, read, write
+
 BEGIN, END = "<!-- perplexity: written by scripts/perplexity_report.py -->", "<!-- end of perplexity -->"
 
 
 def read_results() -> list[dict[str, Any]]:
     """Results in order of file name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("perplexity-*.json"))]
+    return read("perplexity-*.json")
 
 
 def number(value: float) -> str:
@@ -79,10 +77,7 @@ def plot(file: Path) -> None:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    readme.write_text(pattern.sub(lambda _: f"{BEGIN}\n{tables()}\n{END}", text), encoding="utf-8")
+    write(BEGIN, tables(), END)
     plot(RESULTS / "perplexity.png")
 
 

@@ -6,7 +6,7 @@ import torch
 
 from lutq.config import LayerConfig
 from lutq.cuda import multiply, prepack
-from lutq.pack import Packed, packed_shapes
+from lutq.trial import random_packed
 
 # Every mode of every kernel.
 MATRIX = (
@@ -18,16 +18,6 @@ MATRIX = (
     (40, torch.float16),
     (200, torch.float16),
 )
-
-
-def random_packed(N: int, K: int, layer: LayerConfig, device: torch.device) -> Packed:
-    tensors = {}
-    for name, (shape, dtype) in packed_shapes(N, K, layer).items():
-        whole = dtype in (torch.int32, torch.uint8)
-        tensors[name] = (
-            torch.randint(0, 200, shape, device=device).to(dtype) if whole else torch.rand(shape, device=device).to(dtype)
-        )
-    return Packed(**tensors)
 
 
 def main() -> None:

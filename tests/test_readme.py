@@ -1,5 +1,6 @@
 """The README says what the repository does: its tables, recipe, file names and flags are checked against it."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -12,24 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_tables_are_those_of_the_results(monkeypatch):
+@pytest.mark.parametrize(("script", "results"), [("perplexity_report", 2), ("kernel_report", 1)])
+def test_tables_are_those_of_the_results(monkeypatch, script, results):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import perplexity_report
+    report = importlib.import_module(script)
 
-    body = README.split(perplexity_report.BEGIN)[1].split(perplexity_report.END)[0]
-    assert body.strip() == perplexity_report.tables().strip()
-    assert len(perplexity_report.read_results()) == 2
-    del sys.modules["perplexity_report"]
-
-
-def test_kernel_tables_are_those_of_the_results(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import kernel_report
-
-    body = README.split(kernel_report.BEGIN)[1].split(kernel_report.END)[0]
-    assert body.strip() == kernel_report.tables().strip()
-    assert len(kernel_report.read_results()) == 1
-    del sys.modules["kernel_report"]
+    body = README.split(report.BEGIN)[1].split(report.END)[0]
+    assert body.strip() == report.tables().strip()
+    assert len(report.read_results()) == results
+    for name in (script, "readme"):
+        del sys.modules[name]
 
 
 def test_recipe_is_the_shipped_one():

@@ -1,0 +1,25 @@
+// How the products are launched.
+#pragma once
+#include <cuda_runtime.h>
+
+// A kernel that may begin before the previous one ends (programmatic dependent launch), in clusters of `split` blocks. Returns a
+// cudaError_t.
+template <class... Parameters, class... Arguments>
+int launch_kernel(void (*kernel)(Parameters...), int blocks, int split, int threads, size_t shared, cudaStream_t stream,
+                  const Arguments&... arguments) {
+  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+  if (e != cudaSuccess) return e;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = split, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = split > 1 ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
