@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from lutq.decode.choose import check_engine
+from lutq.decode.keep import engine_for
+from lutq.decode.loop import continue_text
 from lutq.errors import LutqError
 from lutq.linear import backend_of
 from lutq.runtime import out_of_memory
@@ -56,11 +59,12 @@ class Generation:
     prompt_seconds: float
     decode_seconds: float
     backend: str
+    engine: str = "plain"
 
     def summary(self) -> str:
         """Tokens per second of both phases, and what computed them."""
         prompt = f"prompt {self.prompt_tokens} tokens, {self.prompt_tokens / self.prompt_seconds:.1f} tokens/s"
-        backend = f"backend {self.backend}"
+        backend = f"backend {self.backend}" + (f", engine {self.engine}" if self.engine != "plain" else "")
         if self.new_tokens < 2:
             return f"{prompt}; {backend}"
         speed = (self.new_tokens - 1) / self.decode_seconds
@@ -105,11 +109,15 @@ def generate(
     sampling: Sampling | None = None,
     chat: bool = False,
     write: Callable[[str], None] = lambda text: None,
+    engine: str = "auto",
 ) -> Generation:
     """Continue `prompt`, handing text to `write` as it comes. Stops early at the model's longest context.
 
-    Raises LutqError for an empty prompt or one that leaves no room, and when memory runs out.
+    engine: see lutq/decode; what it does before the first prompt counts as loading, and it stays with the model for the next
+    text (lutq/decode/keep.py). Raises LutqError for an empty prompt or one that leaves no room, for an engine that does not
+    take the model, and when memory runs out.
     """
+    check_engine(engine)
     sampling = sampling or Sampling()
     ids = encode(tokenizer, prompt, chat).to(model.device)
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -117,17 +125,39 @@ def generate(
     if room < 1:
         raise LutqError(f"the prompt has {ids.shape[1]} tokens and the model takes {longest}: shorten the prompt")
     sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     streamer = TimedStreamer(tokenizer, write)
-    torch.manual_seed(sampling.seed)
     advice = (
         f"the cache of {ids.shape[1]} + {sampling.max_new_tokens} tokens does not fit: shorten the prompt or --max-new-tokens"
     )
-    begin = time.perf_counter()
-    with out_of_memory(lambda: advice):
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=pad, **sampling.options()
-        )
+    capacity = ids.shape[1] + sampling.max_new_tokens
+    with out_of_memory(lambda: advice), engine_for(engine, model, capacity, longest, sampling) as chosen:
+        name = "plain" if chosen is None else chosen.name
+        torch.manual_seed(sampling.seed)
+        begin = time.perf_counter()
+        if chosen is None:
+            new_tokens = plain(model, tokenizer, ids, sampling, streamer)
+        else:
+            new_tokens = decode(chosen, model, ids, sampling, streamer)
     first, last = streamer.times[1], streamer.times[-1]
-    text, new_tokens = "".join(streamer.pieces), output.shape[1] - ids.shape[1]
-    return Generation(text, ids.shape[1], new_tokens, first - begin, last - first, backend_of(model))
+    text = "".join(streamer.pieces)
+    if hasattr(model, "ranks"):  # lutq/parallel
+        name += f", {model.ranks.world} processes"
+    return Generation(text, ids.shape[1], new_tokens, first - begin, last - first, backend_of(model), name)
+
+
+def plain(model: Any, tokenizer: Any, ids: torch.Tensor, sampling: Sampling, streamer: TimedStreamer) -> int:
+    """Continue ids [1, T] by transformers' `generate`; how many tokens it made."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    mask = torch.ones_like(ids)
+    output = model.generate(ids, attention_mask=mask, streamer=streamer, pad_token_id=pad, **sampling.options())
+    return output.shape[1] - ids.shape[1]
+
+
+def decode(engine: Any, model: Any, ids: torch.Tensor, sampling: Sampling, streamer: TimedStreamer) -> int:
+    """Continue ids [1, T] by an engine of lutq/decode; how many tokens it made."""
+    stop = model.generation_config.eos_token_id
+    stop = set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
+    streamer.put(ids)
+    made = continue_text(engine, ids, sampling.max_new_tokens, stop, lambda token: streamer.put(torch.tensor([token])))
+    streamer.end()
+    return made

@@ -1,11 +1,15 @@
-"""Products of every kind with the CUDA kernels, on small layers: what scripts/sanitize.sh runs under compute-sanitizer."""
+"""Products of every kind, and a step's other kernels, on small layers: what scripts/sanitize.sh runs under compute-sanitizer."""
 
 import itertools
+from typing import Any
 
 import torch
 
 from lutq.config import LayerConfig
 from lutq.cuda import multiply, prepack
+from lutq.decode.shape import Shape
+from lutq.decode.steps import FUNCTIONS, Kernels, Plan
+from lutq.decode.weights import Norm
 from lutq.trial import random_packed
 
 # Every mode of every kernel.
@@ -18,10 +22,19 @@ MATRIX = (
     (40, torch.float16),
     (200, torch.float16),
 )
+HIDDEN = (72, 4104, 8200, 16384)  # of norms: one to four vectors of 8 numbers a thread
+# M, heads, heads of keys and values, their size, capacity, how attention is launched
+ATTENTION = (
+    (1, 4, 4, 128, 300, Plan(1, 1, 1)),
+    (2, 4, 2, 80, 130, Plan(2, 4, 1)),
+    (2, 6, 2, 64, 70, Plan(3, 1, 5)),
+    (3, 8, 2, 96, 300, Plan(4, 8, 2)),
+    (1, 8, 1, 16, 40, Plan(4, 2, 3)),
+)
 
 
-def main() -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
+def products(device: torch.device) -> int:
+    """Run them; how many."""
     cases = 0
     for bits, (grid, offsets), (N, K, group) in itertools.product(
         (1, 2, 3, 4),
@@ -34,6 +47,69 @@ def main() -> None:
             x = torch.randn(M, K, device=device).to(dtype)
             multiply(x, ready, None, N, layer)
             cases += 1
+    return cases
+
+
+def small_kernels(do: Kernels, dtype: torch.dtype) -> int:
+    """Run embedding, norm, activation and choice; how many times."""
+    cases = 0
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, device=do.device).to(dtype)
+
+    for K, M in zip(HIDDEN, (1, 3, 2, 1), strict=True):
+        token, position = (torch.arange(M, device=do.device) for _ in range(2))
+        h, x = torch.empty(M, K, device=do.device), torch.empty(M, K, dtype=dtype, device=do.device)
+        for learned, y, bias in ((None, None, None), (draw(8, K), draw(M, K), draw(K))):
+            do.embed(token, position, draw(8, K), learned, h)
+            do.norm(h, y, Norm(draw(K), bias, 1e-5, bias is not None), x)
+            cases += 2
+    for function, M in itertools.product(FUNCTIONS, (1, 3)):
+        joint, y = draw(M, 2 * 344), torch.empty(M, 344, dtype=dtype, device=do.device)
+        do.activation(function, joint[:, :344], joint[:, 344:], y)
+        do.activation(function, joint[:, :344], None, y)
+        cases += 2
+    for vocabulary in (7, 4096, 32001):
+        token, position = (torch.zeros(3, dtype=torch.int64, device=do.device) for _ in range(2))
+        do.choose(draw(3, vocabulary), token, position, 9)
+        cases += 1
+    return cases
+
+
+def attention(do: Kernels, dtype: torch.dtype) -> int:
+    """Run attention; how many times. What it must not read of the caches is not initialized."""
+    cases = 0
+    for (M, heads, kv_heads, D, capacity, plan), rotated in itertools.product(ATTENTION, (False, True)):
+        plan = plan if do.gpu.clusters else plan._replace(cluster=1)
+        shape = Shape("llama", heads * D, heads, kv_heads, D, 8, 1, 8, capacity, "silu", True)
+        work = do.workspace(shape, M, capacity, plan)
+        cache = tuple(torch.empty(M, kv_heads, capacity, D, dtype=dtype, device=do.device) for _ in range(2))
+        position = torch.tensor([(0, capacity - 1, capacity // 2)[(M + i) % 3] for i in range(M)], device=do.device)
+        for part, (m, end) in itertools.product(cache, enumerate(position.tolist())):
+            part[m, :, :end] = 1
+        joint = torch.randn(M, (heads + 2 * kv_heads) * D, device=do.device).to(dtype)
+        q, k, v = (part.unflatten(1, (-1, D)) for part in joint.split([heads * D, kv_heads * D, kv_heads * D], 1))
+        rotation = tuple(torch.ones(capacity, D // 2, device=do.device) for _ in range(2)) if rotated else None
+        y = torch.empty(M, heads * D, dtype=dtype, device=do.device)
+        for ahead in (False, True):  # twice, for the counters that one launch leaves to the next
+            torch.cuda.synchronize(do.device)
+            do.ahead = ahead
+            do.attention(q, k, v, cache, position, rotation, D**-0.5, y, work)
+            cases += 1
+        do.ahead = False
+    return cases
+
+
+def decode(do: Any) -> int:
+    """Run the kernels of a step; how many times."""
+    return sum(run(do, dtype) for run in (small_kernels, attention) for dtype in (torch.float16, torch.bfloat16))
+
+
+def main() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    cases = products(device)
+    with torch.inference_mode():
+        cases += decode(Kernels(device))
     torch.cuda.synchronize()
     print(f"{cases} cases")
 

@@ -1,24 +1,29 @@
 #!/usr/bin/env bash
-# Run the CUDA kernels over a small matrix of cases under each tool of compute-sanitizer (needs a GPU and the CUDA toolkit).
-# Its reports end in scripts/results/sanitizer.txt, or in the file given as the first argument.
+# Run the CUDA kernels over a small matrix of cases under tools of compute-sanitizer (needs a GPU and the CUDA toolkit):
+# scripts/sanitize.sh [OUT [TOOL...]]. Without tools all four run, side by side. OUT is scripts/results/sanitizer.txt if not given;
+# each tool's report is added to it when the tool ends. What a tool that was killed had said is in OUT.TOOL.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-scripts/results/sanitizer.txt}
 python=${PYTHON:-python3}
+tools=("${@:2}")
+[ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck initcheck synccheck)
+regexes=()
+for name in lut_gemm fused_gemm dequantize decode; do regexes+=(--kernel-regex "kns=$name"); done
 {
   date -u +%Y-%m-%d
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
   compute-sanitizer --version | tail -n 1
-} >"$out"
-reports=$(mktemp -d)
-trap 'rm -rf "$reports"' EXIT
-for tool in memcheck racecheck initcheck synccheck; do
-  compute-sanitizer --tool "$tool" --kernel-regex kns=lut_gemm --kernel-regex kns=fused_gemm --kernel-regex kns=dequantize "$python" scripts/sanitize.py \
-    >"$reports/$tool" 2>&1 || echo "exit code $?" >>"$reports/$tool" &
-done
+} >>"$out"
+report() {
+  compute-sanitizer --tool "$1" "${regexes[@]}" "$python" scripts/sanitize.py >"$out.$1" 2>&1 || echo "exit code $?" >>"$out.$1"
+  {
+    echo "== $1"
+    grep -E "cases|exit code|=========|Error" "$out.$1" | grep -vE "COMPUTE-SANITIZER$" | head -n 40 || true
+  } >"$out.$1.end"
+  cat "$out.$1.end" >>"$out"
+  rm "$out.$1" "$out.$1.end"
+}
+for tool in "${tools[@]}"; do report "$tool" & done
 wait
-for tool in memcheck racecheck initcheck synccheck; do
-  echo "== $tool" >>"$out"
-  grep -E "cases|exit code|=========|Error" "$reports/$tool" | grep -vE "COMPUTE-SANITIZER$" | head -n 40 >>"$out" || true
-done
 cat "$out"

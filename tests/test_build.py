@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from lutq.build import BUNDLED, UNFINISHED, build, cache_folder, library, librar
 from lutq.cli import app
 from lutq.compiler import DEFAULT_ARCHS, FAT_ARCHS, arch_flags, covers, find_compiler, host_compiler, parse_arch, resources
 from lutq.errors import LutqError
-from lutq.paths import shipped
+from lutq.paths import PACKAGE, shipped
 
 FAKE_NVCC = """#!/bin/sh
 [ "$1" = --version ] && { echo "Cuda compilation tools, release 13.0, V13.0.88"; exit 0; }
@@ -152,7 +153,7 @@ LOCAL = {"sm_80": 272, "sm_100": 16, "sm_120": 16}
 @pytest.mark.parametrize("arch", DEFAULT_ARCHS)
 def test_kernels_do_not_spill(fat, arch):
     found = resources(fat.path.with_suffix(".log").read_text())
-    for name, limit in (("lut_gemm", LOCAL.get(arch, 0)), ("fused_gemm", 0)):
+    for name, limit in (("lut_gemm", LOCAL.get(arch, 0)), ("fused_gemm", 0), ("6decode", 0)):  # 6decode: a namespace, mangled
         kernels = [kernel for kernel in found if kernel.arch.rstrip("a") == arch and name in kernel.name]
         assert kernels, f"{arch=}: no kernel named {name} among {len(found)}"
         bad = [kernel for kernel in kernels if kernel.stack > limit or (not limit and kernel.spill_stores + kernel.spill_loads)]
@@ -169,6 +170,24 @@ def test_fused_gemm_is_compiled_for_hopper_alone(fat):
 
 def test_real_kernels_load_without_a_gpu(fat):
     assert lutq.build.load(fat).lutq_source_hash().decode() == source_hash(shipped("kernels"))
+
+
+def entry_points(module):
+    """Names of the library that a module of lutq calls, `{...}bit` being every number of bits."""
+    found = set()
+    for name in re.findall(r"\blutq_\w*(?:\{[^}]*\}bit)?", (PACKAGE / module).read_text(encoding="utf-8")):
+        found |= {re.sub(r"\{.*\}", str(bits), name) for bits in range(1, 5)}
+    return found
+
+
+def test_entry_points_are_exported(fat):
+    """Also those whose arguments are structures of their own: in a nameless namespace they would be lost without a word."""
+    handle = ctypes.CDLL(str(fat.path))
+    for module, count in (("cuda.py", 9), ("decode/steps.py", 5)):
+        names = entry_points(module)
+        assert len(names) == count, f"{module}: {sorted(names)}"
+        missing = [name for name in sorted(names) if not hasattr(handle, name)]
+        assert not missing, f"{module}: the library does not export {', '.join(missing)}"
 
 
 # Finding

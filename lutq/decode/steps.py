@@ -1,0 +1,190 @@
+"""The functions of lutq/decode/reference.py by the kernels of kernels/decode.cu: fp16 and bf16, on a GPU, capturable.
+
+Kernels are launched on the current stream of the current device, each of them before the one ahead has ended (programmatic
+dependent launch). Nothing is allocated except the workspace.
+"""
+
+import contextlib
+import ctypes
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from lutq.cuda import DTYPES, Gpu, kernels, properties, start
+from lutq.decode.products import Product
+from lutq.decode.shape import Shape
+from lutq.decode.weights import Norm
+
+FUNCTIONS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
+MOST_HIDDEN, MOST_HEAD, MOST_ROWS, MOST_CLUSTER, MOST_BATCH = 16384, 128, 4, 8, 16
+BLOCKS = 3  # of attention that fit onto a processor
+LONG = 512  # tokens of a block, from which on clusters share a context: to sum over them takes as long as some hundred tokens
+
+
+def structure(pointers: str, numbers: str, ints: str, floats: str = "") -> tuple[tuple[str, Any], ...]:
+    """Fields of a structure of kernels/decode.cu in order: pointers, int64, int and float."""
+    kinds = ((pointers, ctypes.c_void_p), (numbers, ctypes.c_int64), (ints, ctypes.c_int), (floats, ctypes.c_float))
+    return tuple((name, kind) for names, kind in kinds for name in names.split())
+
+
+class EmbeddingArguments(ctypes.Structure):
+    """`Embedding` of kernels/decode.cu."""
+
+    _fields_ = structure("token position table learned h", "", "M K dtype")
+
+
+class NormArguments(ctypes.Structure):
+    """`Norm` of kernels/decode.cu."""
+
+    _fields_ = structure("h y weight bias x", "", "M K centered dtype", "eps")
+
+
+class ActivationArguments(ctypes.Structure):
+    """`Activation` of kernels/decode.cu."""
+
+    _fields_ = structure("gate up y", "gate_stride up_stride", "M F function dtype")
+
+
+class ChoiceArguments(ctypes.Structure):
+    """`Choice` of kernels/decode.cu."""
+
+    _fields_ = structure("logits token position", "last", "M vocabulary dtype")
+
+
+class AttentionArguments(ctypes.Structure):
+    """`Attention` of kernels/decode.cu."""
+
+    _fields_ = structure(
+        "q k v keys values y cosine sine position partial arrived",
+        "q_stride k_stride v_stride",
+        "M heads kv_heads D capacity rows cluster spread dtype ahead",
+        "scale",
+    )
+
+
+class Plan(NamedTuple):
+    """How attention is launched: heads of a block, and who share a context: `spread` clusters of `cluster` blocks."""
+
+    rows: int
+    cluster: int
+    spread: int
+
+
+def plan(batch: int, heads: int, kv_heads: int, capacity: int, gpu: Gpu) -> Plan:
+    """As many blocks as a GPU holds at once, while each has 32 tokens of a full cache.
+
+    More heads in a block read the cache less often from L2; fewer give more blocks.
+    """
+    group = heads // kv_heads
+    most = MOST_CLUSTER if gpu.clusters else max(1, capacity // (BLOCKS * MOST_CLUSTER))
+    divisors = [rows for rows in range(MOST_ROWS, 0, -1) if group % rows == 0]
+    rows = next((r for r in divisors if batch * heads // r * most >= 0.9 * gpu.processors), divisors[-1])
+    units = batch * heads // rows
+    splits = max(1, min(BLOCKS * gpu.processors // units, -(-capacity // 32)))
+    if not gpu.clusters:
+        return Plan(rows, 1, splits)
+    cluster = min(MOST_CLUSTER, 1 << (splits.bit_length() - 1))
+    return Plan(rows, cluster, max(1, min(splits // cluster, capacity // (cluster * LONG))))
+
+
+class Workspace(NamedTuple):
+    """Of attention: its plan, partial sums (fp32) and counters (int32, 0 between launches)."""
+
+    plan: Plan
+    partial: torch.Tensor
+    arrived: torch.Tensor
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Of a tensor's data."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Kernels:
+    """The kernels on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Compiles the library where there is none. Raises LutqError where it cannot be had."""
+        self.found, self.gpu, self.device, self.ahead = kernels(device), properties(device), device, False
+
+    def reason(self, shape: Shape, dtype: torch.dtype, batch: int) -> str | None:
+        """Why the kernels do not take a model, in words; None if they do."""
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"its kernels take float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        if shape.head_size % 16 or shape.head_size > MOST_HEAD:
+            return f"its attention takes heads of 16, 32, ... {MOST_HEAD} numbers, not {shape.head_size}"
+        if shape.hidden % 8 or shape.own_inner % 8 or shape.hidden > MOST_HIDDEN:
+            return f"its kernels take features in multiples of 8, {MOST_HIDDEN} at most"
+        if batch > MOST_BATCH:
+            return f"it takes {MOST_BATCH} sequences at most, not {batch}"
+        return None
+
+    def workspace(self, shape: Shape, batch: int, capacity: int, chosen: Plan | None = None) -> Workspace:
+        """Memory for `attention`, launched as chosen."""
+        chosen = chosen or plan(batch, shape.own_heads, shape.own_kv_heads, capacity, self.gpu)
+        units = batch * shape.own_heads // chosen.rows
+        results = units * chosen.spread * 3 * chosen.rows * shape.head_size if chosen.spread > 1 else 0
+        partial = torch.empty(results, dtype=torch.float32, device=self.device)
+        return Workspace(chosen, partial, torch.zeros(units * chosen.cluster, dtype=torch.int32, device=self.device))
+
+    @contextlib.contextmanager
+    def in_graph(self) -> Iterator[None]:
+        """What a step is captured in. A graph of one step begins after the last has ended: attention may read the cache ahead."""
+        self.ahead = True
+        try:
+            yield
+        finally:
+            self.ahead = False
+
+    def multiply(self, product: Product, x: torch.Tensor, y: torch.Tensor) -> None:
+        """See reference.py."""
+        product.into(x, y)
+
+    def embed(
+        self, token: torch.Tensor, position: torch.Tensor, table: torch.Tensor, learned: torch.Tensor | None, h: torch.Tensor
+    ) -> None:
+        """See reference.py."""
+        tensors = (address(tensor) for tensor in (token, position, table, learned, h))
+        start(self.found.lutq_embedding, EmbeddingArguments(*tensors, *h.shape, DTYPES[table.dtype]))
+
+    def norm(self, h: torch.Tensor, y: torch.Tensor | None, by: Norm, x: torch.Tensor) -> None:
+        """See reference.py."""
+        tensors = (address(tensor) for tensor in (h, y, by.weight, by.bias, x))
+        start(self.found.lutq_norm, NormArguments(*tensors, *x.shape, by.centered, DTYPES[x.dtype], by.eps))
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        position: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        scale: float,
+        y: torch.Tensor,
+        work: Workspace,
+    ) -> None:
+        """See reference.py. Rows of q, k and v may be apart, their heads not."""
+        (M, heads, D), (_, kv_heads, capacity, _) = q.shape, cache[0].shape
+        cosine, sine = rotation or (None, None)
+        tensors = (q, k, v, *cache, y, cosine, sine, position, work.partial if work.partial.numel() else None, work.arrived)
+        a = AttentionArguments(
+            *(address(tensor) for tensor in tensors),
+            *(tensor.stride(0) for tensor in (q, k, v)),
+            *(M, heads, kv_heads, D, capacity, *work.plan, DTYPES[q.dtype], self.ahead),
+            scale * math.log2(math.e),
+        )
+        start(self.found.lutq_attention, a)
+
+    def activation(self, function: str, gate: torch.Tensor, up: torch.Tensor | None, y: torch.Tensor) -> None:
+        """See reference.py. Rows of gate and up may be apart."""
+        strides = gate.stride(0), 0 if up is None else up.stride(0)
+        tensors = (address(tensor) for tensor in (gate, up, y))
+        start(self.found.lutq_activation, ActivationArguments(*tensors, *strides, *y.shape, FUNCTIONS[function], DTYPES[y.dtype]))
+
+    def choose(self, logits: torch.Tensor, token: torch.Tensor, position: torch.Tensor, last: int) -> None:
+        """See reference.py."""
+        tensors = (address(tensor) for tensor in (logits, token, position))
+        start(self.found.lutq_choice, ChoiceArguments(*tensors, last, *logits.shape, DTYPES[logits.dtype]))

@@ -1,0 +1,119 @@
+"""scripts/sanitize.py and sanitize.sh without a GPU: which cases they hand to the kernels, and what is left of their reports."""
+
+import importlib
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lutq.cuda import Gpu
+from lutq.decode import steps
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def sanitize(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    yield importlib.import_module("sanitize")
+    del sys.modules["sanitize"]
+
+
+class Entries:
+    """In the library's place: gives the name of the entry point asked for."""
+
+    def __getattr__(self, name):
+        return name
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+def test_cases_of_decode_are_what_the_kernels_take(sanitize, monkeypatch, clusters):
+    """The conditions of the entry points in kernels/decode.cu, and every kernel of it."""
+    seen = []
+    monkeypatch.setattr(steps, "start", lambda entry, a: seen.append((entry, a)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    do = object.__new__(steps.Kernels)
+    do.found, do.gpu, do.device, do.ahead = Entries(), Gpu("X", 132, 232448, clusters, True), torch.device("cpu"), False
+    assert sanitize.decode(do) == len(seen)
+    for entry, a in seen:
+        about = {name: getattr(a, name) for name, _ in a._fields_}
+        if entry in ("lutq_embedding", "lutq_norm"):
+            assert a.K % 8 == 0, about
+            assert a.K <= steps.MOST_HIDDEN, about
+        elif entry == "lutq_activation":
+            assert [n % 8 for n in (a.F, a.gate_stride, a.up_stride)] == [0, 0, 0], about
+        elif entry == "lutq_attention":
+            assert [a.D % 16, *(n % 8 for n in (a.q_stride, a.k_stride, a.v_stride))] == [0, 0, 0, 0], about
+            assert a.heads // a.kv_heads % a.rows == 0, about
+            assert a.cluster in ((1, 2, 4, 8) if clusters else (1,)), about
+            assert (a.partial is None) == (a.spread == 1), about
+    launches = [a for entry, a in seen if entry == "lutq_attention"]
+    assert {a.rows for a in launches} == {1, 2, 3, 4}
+    assert {a.dtype for a in launches} == {a.ahead for a in launches} == {0, 1}
+    assert {entry for entry, _ in seen} == {f"lutq_{name}" for name in ("embedding", "norm", "activation", "choice", "attention")}
+    items = {-(-a.K // 8 // 512) for entry, a in seen if entry == "lutq_norm"}
+    assert items == {1, 2, 3, 4}, "vectors of a thread"
+
+
+TOOL = """#!/bin/sh
+[ "$1" = --version ] && { echo Copyright; echo "Version 1"; exit; }
+echo "========= COMPUTE-SANITIZER"
+echo "========= of $2"
+[ "$2" = slow ] && { touch "$0.slow"; exec sleep 60; }
+[ "$2" = broken ] && exit 7
+echo "24 cases"
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(*args)` starts scripts/sanitize.sh over a tool that only says its name."""
+    for name, text in (("compute-sanitizer", TOOL), ("nvidia-smi", '#!/bin/sh\necho "X, 1.2"\n')):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    return lambda *args: subprocess.Popen(
+        ["bash", ROOT / "scripts" / "sanitize.sh", *args],
+        env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_reports_of_all_tools(run, tmp_path):
+    out = tmp_path / "out.txt"
+    printed = run(out).communicate(timeout=60)[0]
+    text = out.read_text()
+    assert printed == text
+    assert text.splitlines()[1:3] == ["X, 1.2", "Version 1"]
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        assert f"== {tool}\n========= of {tool}\n24 cases\n" in text
+    assert [path.name for path in tmp_path.glob("out.txt*")] == ["out.txt"]
+
+
+def test_tools_one_after_the_other(run, tmp_path):
+    out = tmp_path / "out.txt"
+    for tool in ("memcheck", "broken"):
+        assert run(out, tool).wait(timeout=60) == 0
+    text = out.read_text()
+    assert text.count("X, 1.2\n") == 2
+    assert "== memcheck\n========= of memcheck\n24 cases\n" in text
+    assert text.endswith("== broken\n========= of broken\nexit code 7\n")
+
+
+def test_what_was_said_before_a_kill_is_kept(run, tmp_path):
+    out = tmp_path / "out.txt"
+    process = run(out, "slow", "memcheck")
+    until = time.monotonic() + 60
+    while not ((tmp_path / "compute-sanitizer.slow").exists() and "24 cases" in out.read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.killpg(process.pid, 9)
+    process.wait(timeout=60)
+    assert "== memcheck\n========= of memcheck\n24 cases\n" in out.read_text()
+    assert "========= of slow\n" in (tmp_path / "out.txt.slow").read_text()
