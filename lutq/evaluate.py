@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lutq.data import Text, load_text
 from lutq.errors import LutqError
+from lutq.parallel.ranks import current
 from lutq.runtime import device_name, dtype_name, out_of_memory, progress_interval
 
 DEFAULT_WINDOW = 2048
@@ -90,12 +91,18 @@ def windows_of(tokens: torch.Tensor, window: int, most: int | None) -> torch.Ten
 def window_nll(model: Any, windows: torch.Tensor, progress: bool = True) -> torch.Tensor:
     """Mean negative log-likelihood of each window [windows], float64; windows int64 [windows, window]."""
     vocabulary = model.get_output_embeddings().out_features
+    if hasattr(model, "ranks"):  # a part of it, in one of several processes
+        from lutq.parallel.score import Scorer
+
+        forward: Any = Scorer(model, windows.shape[1])
+    else:
+        forward = lambda tokens: model(tokens, use_cache=False).logits  # noqa: E731
     batch = max(1, LOGITS[model.device.type] // (windows.shape[1] * vocabulary))
     losses = []
     with tqdm(total=windows.numel(), unit="token", unit_scale=True, disable=not progress, mininterval=progress_interval()) as bar:
         for part in windows.split(batch):
             tokens = part.to(model.device)
-            logits = model(tokens, use_cache=False).logits
+            logits = forward(tokens)
             for row, target in zip(logits, tokens, strict=True):
                 losses.append(F.cross_entropy(row[:-1].float(), target[1:]).double().cpu())
             bar.update(part.numel())
@@ -128,6 +135,9 @@ def measure(
     perplexity = math.exp(min(nll, 700))
     spread = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else None
     bos = getattr(tokenizer, "bos_token_id", None)
+    where = device_name(model.device)
+    if hasattr(model, "ranks"):
+        where = f"{model.ranks.world} x {where}"
     return Perplexity(
         model=name,
         dataset=text.source,
@@ -141,7 +151,7 @@ def measure(
         bos=bos is not None and len(tokens) > 0 and tokens[0].item() == bos,
         tokenizer=type(tokenizer).__name__,
         dtype=dtype_name(model.dtype),
-        device=device_name(model.device),
+        device=where,
         backend=backend_of(model),
         seconds=seconds,
         tokens_per_second=windows.numel() / seconds,
@@ -179,7 +189,7 @@ def evaluate(
         loaded = load(name, device=device, dtype=dtype, backend=backend)
         results.append(measure(loaded, load_tokenizer(locate(name)[0]), text, name, protocol, max_windows, progress))
         del loaded
-    if json_file is not None:
+    if json_file is not None and current().rank == 0:
         json_file.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")
     return results
 

@@ -21,6 +21,8 @@ from lutq.errors import LutqError
 from lutq.linear import LutLinear
 from lutq.ops import choose_backend
 from lutq.pack import Packed
+from lutq.parallel.load import load_part
+from lutq.parallel.ranks import current
 from lutq.runtime import dtype_name, free_memory, out_of_memory, resolve_device, resolve_dtype, size
 from lutq.shards import Spec
 from lutq.source import Source, load_config, locate, read_json, shard_files, tensor_specs
@@ -175,7 +177,8 @@ def load(
 
     model: directory, hub id, or "opt-tiny" (embedded). device: default the GPU if there is one. dtype: of activations and
     kept weights; auto is float32 on the CPU and the checkpoint's own on a GPU. backend: of LutLinear, see lutq/ops.py.
-    options: further arguments of from_pretrained, such as device_map, which replaces device.
+    options: further arguments of from_pretrained, such as device_map, which replaces device. In one of several processes of a
+    torchrun (lutq/parallel) the result is that rank's part, for the engine of `lutq generate`.
     Raises LutqError for anything that keeps the model from being complete and undamaged, or from fitting into memory.
     """
     path, _ = locate(existing(model))
@@ -184,6 +187,10 @@ def load(
     config = load_config(path)
     dtype = load_dtype(dtype, place, config)
     choose_backend(backend, place)
+    if current().world > 1:
+        if options:
+            raise LutqError(f"each of several processes loads its part: leave out {sorted(options)[0]}, or torchrun")
+        return load_part(path, current(), place, dtype, backend)
     if "device_map" not in options:
         needed = model_bytes(path, dtype)
         if needed > free_memory(place):

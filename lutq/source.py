@@ -92,6 +92,10 @@ class Source:
         """Shape of a tensor."""
         return self._shapes[key]
 
+    def file(self, key: str) -> Path:
+        """The file that holds a tensor."""
+        return self._where[key]
+
     def tensor(self, key: str) -> torch.Tensor:
         """A tensor on the CPU, in the dtype of the file. Raises LutqError if it cannot be read.
 

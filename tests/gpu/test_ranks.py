@@ -1,0 +1,202 @@
+"""A model over several GPUs: the kernels on parts of layers, sums inside captured steps, and processes that end together.
+
+Where there are fewer GPUs than ranks, tests of several processes are skipped; parts are tested on one GPU, by ranks as threads.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from ranks import MODELS, Checkpoints, Threads
+
+from lutq.config import QuantConfig
+from lutq.decode.engine import Engine
+from lutq.decode.steps import Kernels
+from lutq.decode.weights import weights_of
+from lutq.hf import load
+from lutq.parallel.load import load_part
+from lutq.parallel.score import Scorer
+from lutq.quantize import quantize_checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+GPUS = torch.cuda.device_count()
+DEVICE = torch.device("cuda", 0)
+ROUNDING = {torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of logits, relative, through all layers
+STEPS = 24
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+# what each process runs: logits of the prompt and of captured steps that read given tokens, kept by rank 0
+WORKER = """
+import os, sys
+import torch
+from lutq.decode.choose import make
+from lutq.generate import Sampling
+from lutq.hf import load
+from lutq.parallel.ranks import join
+
+folder, tokens, out, dtype = sys.argv[1:]
+ranks, given = join("cuda"), torch.load(tokens).cuda()
+with torch.inference_mode():
+    engine = make("fast", load(folder, dtype=dtype), 64, Sampling(temperature=0.0))
+    assert engine.graph.graph is not None, "not captured"
+    logits = []
+    engine.prompt(given[None, :11])
+    for token in given[11:]:
+        logits.append(engine.logits.clone())
+        engine.token.fill_(token)
+        engine.advance()
+    logits.append(engine.logits.clone())
+    torch.cuda.synchronize()
+ranks.least(0)
+torch.save(torch.cat(logits).cpu(), f"{out}.{ranks.rank}")
+sys.stdout.flush()
+ranks.least(0)
+os._exit(0)
+"""
+
+
+def several(world):
+    return pytest.param(world, marks=pytest.mark.skipif(world > GPUS, reason=f"needs {world} GPUs, {GPUS} are here"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return Checkpoints(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def embedded3(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks") / "embedded"
+    quantize_checkpoint(None, folder, QuantConfig(bits=3, group=128), device="cuda")
+    return folder
+
+
+def worst(found, expected):
+    """The largest relative error of a row."""
+    difference = (found.double() - expected.double()).norm(dim=-1)
+    return (difference / expected.double().norm(dim=-1)).max().item()
+
+
+def given_tokens():
+    return torch.randint(3, 4096, (11 + STEPS,), generator=torch.Generator().manual_seed(0))
+
+
+def stepped(engine, given):
+    """Logits after a prompt of 11 of the given tokens, and after each of the others."""
+    logits = []
+    engine.prompt(given[None, :11])
+    for token in given[11:]:
+        logits.append(engine.logits.clone())
+        engine.token.fill_(token)
+        engine.advance()
+    return torch.cat([*logits, engine.logits])
+
+
+def one_process(folder, dtype, given):
+    with torch.inference_mode():
+        return stepped(Engine(weights_of(load(folder, device=DEVICE, dtype=dtype)), 64, 1, Kernels(DEVICE)), given.to(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("how", ["plain", "bcq", "rows", "rtn"])
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_on_parts(checkpoint, name, how, world, dtype):
+    folder, given = checkpoint(name, how), given_tokens()
+    expected = one_process(folder, dtype, given)
+
+    def run(ranks):
+        part = load_part(folder, ranks, DEVICE, dtype)
+        kernels = Kernels(DEVICE)
+        engine = Engine(weights_of(part, ranks.world), 64, 1, kernels, None, ranks.sum, ranks.agree)
+        return stepped(engine, given.to(DEVICE)), Scorer(part, 64)(given[None].to(DEVICE))[0]
+
+    found = Threads(world).run(run)
+    for rank, (logits, windows) in enumerate(found):
+        error = worst(logits, expected)
+        assert error < ROUNDING[dtype], f"{name=} {how=} {world=} {dtype=} {rank=} {error=:.1e}"
+        assert torch.equal(logits, found[0][0]), f"ranks differ: {name=} {how=} {world=} {dtype=} {rank=}"
+        error = worst(windows[10:], expected)
+        assert error < ROUNDING[dtype], f"windows: {name=} {how=} {world=} {dtype=} {rank=} {error=:.1e}"
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("world", [several(2), several(4)])
+@pytest.mark.parametrize("name", MODELS)
+def test_captured_steps(checkpoint, tmp_path, name, world, dtype):
+    folder, given = checkpoint(name, "bcq"), given_tokens()
+    expected = one_process(folder, dtype, given).cpu()
+    torch.save(given, tmp_path / "tokens")
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    arguments = (folder, tmp_path / "tokens", tmp_path / "logits", str(dtype).removeprefix("torch."))
+    command = [*TORCHRUN, "--nproc-per-node", str(world), str(tmp_path / "worker.py"), *map(str, arguments)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = [torch.load(tmp_path / f"logits.{rank}") for rank in range(world)]
+    error = worst(found[0], expected)
+    assert error < ROUNDING[dtype], f"{name=} {world=} {dtype=} {error=:.1e}"
+    assert all(torch.equal(found[0], other) for other in found[1:]), f"ranks differ: {name=} {world=} {dtype=}"
+
+
+def lutq_on(world, *arguments, cwd):
+    """The command, over several GPUs if world > 1; a CompletedProcess."""
+    prefix = [*TORCHRUN, "--nproc-per-node", str(world)] if world > 1 else [sys.executable]
+    command = [*prefix, "-m", "lutq", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize("world", [several(2), several(4)])
+def test_generate_and_perplexity(embedded3, tmp_path, world):
+    prompt = ("generate", "The old man walked", "--temperature", 0, "--max-new-tokens", 60, "--model", embedded3)
+    one, many = (lutq_on(count, *prompt, cwd=tmp_path) for count in (1, world))
+    assert many.returncode == 0, many.stderr
+    assert many.stdout == one.stdout
+    assert f"engine fast, {world} processes]" in many.stderr
+    text = ("eval-ppl", "--max-windows", 20, "--model", embedded3, "--json")
+    for count in (1, world):
+        result = lutq_on(count, *text, f"{count}.json", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    one, many = (json.loads((tmp_path / f"{count}.json").read_text())[0]["perplexity"] for count in (1, world))
+    assert abs(many / one - 1) < 1e-3, f"{world=} {one=} {many=}"
+
+
+@pytest.mark.parametrize("world", [several(2), several(4)])
+def test_bench(tmp_path, world):
+    options = ("--synthetic", "--shape", "opt-1.3b", "--context", 256, "--replays", 100, "--json", "bench.json")
+    result = lutq_on(world, "bench", "decode", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (record,) = json.loads((tmp_path / "bench.json").read_text())["records"]
+    assert record["gpus"] == world
+    assert 0 < record["kinds_ms"]["communication"] < record["ms"] * 2, record
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=str)
+@pytest.mark.parametrize("world", [several(2)])
+def test_processes_end_together(embedded3, tmp_path, world, number):
+    command = [*TORCHRUN, "--nproc-per-node", str(world), "-m", "lutq", "eval-ppl", "--model", str(embedded3)]
+    with (tmp_path / "err").open("w") as err:
+        job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=err)
+    children = f"/proc/{job.pid}/task/{job.pid}/children"
+    until = time.monotonic() + 120
+    while "token/s" not in (tmp_path / "err").read_text():
+        assert time.monotonic() < until, (tmp_path / "err").read_text()
+        assert job.poll() is None, (tmp_path / "err").read_text()
+        time.sleep(0.1)
+    with open(children) as file:  # noqa: PTH123, of the kernel
+        ranks = [int(pid) for pid in file.read().split()]
+    begin = time.monotonic()
+    if number == signal.SIGKILL:
+        os.kill(ranks[-1], number)
+    else:
+        job.send_signal(number)
+    assert job.wait(60) != 0
+    assert time.monotonic() - begin < 10, "it took too long"
+    assert (tmp_path / "err").read_text().count("lutq: ") == 1, (tmp_path / "err").read_text()
+    for pid in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -1,0 +1,94 @@
+"""For tests of lutq/parallel: models that four ranks can share, and ranks that are threads."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from conftest import COMMON, copy_tokenizer
+
+from lutq.config import QuantConfig
+from lutq.parallel.ranks import Ranks
+from lutq.quantize import quantize_checkpoint
+
+SMALL = COMMON | {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
+LLAMA = SMALL | {"intermediate_size": 384, "num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": False}
+MODELS = {
+    "opt": ("opt", SMALL | {"ffn_dim": 256, "word_embed_proj_dim": 128, "init_std": 0.1}),
+    "llama": ("llama", LLAMA | {"mlp_bias": True, "attention_bias": True}),
+    "llama-tied": ("llama", LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+}
+# name -> settings of `lutq quantize`; at 384 / 4 = 96 inputs groups of 64 and 128 are cut
+QUANTIZED = {
+    "plain": None,
+    "bcq": QuantConfig(bits=3, group=64, iterations=2),
+    "rows": QuantConfig(bits=3, group=0, offsets=False, iterations=2),
+    "rtn": QuantConfig(bits=4, group=128, method="rtn", head_bits=4),
+}
+
+
+class Checkpoints:
+    """`checkpoints(name, how)`: directory of a random fp32 model in `folder`, quantized as QUANTIZED says; made once."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, name, how):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        folder = self.folder / f"{name}-{how}"
+        if folder.exists():
+            return folder
+        if how != "plain":
+            quantize_checkpoint(str(self(name, "plain")), folder, QUANTIZED[how], device="cpu", dtype="float32")
+            return folder
+        kind, fields = MODELS[name]
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # a lost bias or norm shows
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        copy_tokenizer(folder)
+        return folder
+
+
+class Threads:
+    """Ranks of lutq/parallel as threads of this process, for tests of numbers: sums are those of `sum`, on any device."""
+
+    def __init__(self, world):
+        self.world, self.barrier, self.given = world, threading.Barrier(world), [None] * world
+
+    def rank(self, rank):
+        shared = self
+
+        class Local(Ranks):
+            def sum(self, y):
+                parts = shared.exchange(rank, y.clone())
+                y.copy_(sum(parts[1:], parts[0]))
+
+            def agree(self, tensor):
+                tensor.copy_(shared.exchange(rank, tensor.clone())[0])
+
+        return Local(rank, self.world)
+
+    def exchange(self, rank, value):
+        self.given[rank] = value
+        self.barrier.wait(60)
+        found = list(self.given)
+        self.barrier.wait(60)
+        return found
+
+    def run(self, function):
+        """function(ranks) on every rank; the results."""
+
+        def call(rank):
+            try:
+                with torch.inference_mode():
+                    return function(self.rank(rank))
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.world) as pool:
+            return list(pool.map(call, range(self.world)))
