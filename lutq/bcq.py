@@ -8,6 +8,9 @@ fp16 values (held in fp32), non-negative and in descending order, with codes tha
 * `alternating`: least squares for scales and offset with the codes fixed, then the nearest of the 2^b levels with those
   fixed, and again (Xu et al., arXiv 1802.00150, alg. 2), from a uniform grid in BCQ form, from the greedy grid, or from
   both. The best iterate of each group is kept, starts included, so a round never hurts.
+
+An error e [R, g] is measured as |e|^2, or as |e whiten|^2 with `whiten` [g] (the root of each input's importance) or [g, g]
+(see lutq/solve.py).
 """
 
 from typing import NamedTuple
@@ -49,15 +52,29 @@ def nearest(w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None)
     return torch.stack([((number >> shift) & 1).bool() for shift in shifts]), levels.gather(1, position)
 
 
-def refit(planes: torch.Tensor, w: torch.Tensor, has_offsets: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Least-squares scales [b, R] and offsets [R] for fixed codes: argmin sum_k (w - offset - sum_i scales_i s_i)^2.
+def whitened(e: torch.Tensor, whiten: torch.Tensor | None) -> torch.Tensor:
+    """Errors [..., g] in the metric that `whiten` ([g], [g, g] or None) stands for."""
+    if whiten is None:
+        return e
+    return e * whiten if whiten.dim() == 1 else e @ whiten
 
-    Planes that repeat each other share their scale (a ridge of 1e-6 decides).
-    """
+
+def design_matrix(planes: torch.Tensor, has_offsets: bool) -> torch.Tensor:
+    """Planes [b, R, g] as +-1, and a plane of ones for the offset: fp32 [R, b (+1), g]."""
     design = 2 * planes.float() - 1
     if has_offsets:
         design = torch.cat([design, torch.ones_like(design[:1])])
-    design = design.transpose(0, 1)  # [R, b (+1), g]
+    return design.transpose(0, 1)
+
+
+def refit(
+    planes: torch.Tensor, w: torch.Tensor, has_offsets: bool, whiten: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Least-squares scales [b, R] and offsets [R] for fixed codes: argmin |(w - offset - sum_i scales_i s_i) whiten|^2.
+
+    Planes that repeat each other share their scale (a ridge of 1e-6 decides).
+    """
+    design, w = whitened(design_matrix(planes, has_offsets), whiten), whitened(w, whiten)
     solution = solve(design @ design.transpose(1, 2), (design @ w[:, :, None])[:, :, 0])
     scales = solution[:, : planes.shape[0]].T
     return scales, solution[:, -1] if has_offsets else None
@@ -91,6 +108,19 @@ def storable(scales: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch.
     return scales, None if offsets is None else offsets.half().float()
 
 
+def canonical(planes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None) -> Bcq:
+    """A fit as a checkpoint holds it (see `storable`); planes bool [b, R, g] are turned and sorted along with their scales."""
+    order = scales.abs().sort(dim=0, descending=True).indices
+    planes = (planes ^ (scales < 0)[:, :, None]).gather(0, order[:, :, None].expand_as(planes))
+    return Bcq(planes, *storable(scales, offsets))
+
+
+def values(planes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """The quantized weights fp32 [R, g] of a fit."""
+    q = torch.where(planes, scales[:, :, None], -scales[:, :, None]).sum(0)
+    return q if offsets is None else q + offsets[:, None]
+
+
 def greedy_grid(w: torch.Tensor, bits: int, has_offsets: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales [b, R] and offsets [R] of the greedy fit, in fp32."""
     offsets = w.mean(1) if has_offsets else None
@@ -113,13 +143,13 @@ def greedy(w: torch.Tensor, bits: int, has_offsets: bool) -> Bcq:
     return Bcq(torch.stack(planes), scales, offsets)
 
 
-def starts(w: torch.Tensor, bits: int, has_offsets: bool, start: str) -> list[tuple]:
-    """Initial grids (scales [b, R], offsets [R] or None) in fp32 for `start`, see `lutq.config.QuantConfig`."""
+def starts(w: torch.Tensor, bits: int, has_offsets: bool, start: str, whiten: torch.Tensor | None = None) -> list[tuple]:
+    """Initial grids (scales [b, R], offsets [R] or None) in fp32 for `start`, see `lutq.config.QuantConfig`; whiten [g]."""
     grids = []
     if start in ("best", "greedy"):
         grids.append(greedy_grid(w, bits, has_offsets))
     if start != "greedy":
-        scales, offsets = uniform.bcq_grid(uniform.rtn(w, bits, symmetric=not has_offsets, clip=start != "range"), bits)
+        scales, offsets = uniform.bcq_grid(uniform.rtn(w, bits, not has_offsets, start != "range", whiten), bits)
         grids.append((scales, offsets if has_offsets else None))
     return grids
 
@@ -131,19 +161,20 @@ def alternating(
     start: str = "range",
     iterations: int = 15,
     tolerance: float = 1e-3,
+    whiten: torch.Tensor | None = None,
 ) -> Bcq:
-    """Alternating fit of w fp32 [R, g]; arguments as in `lutq.config.QuantConfig`.
+    """Alternating fit of w fp32 [R, g]; whiten [g] weighs the inputs, the others as in `lutq.config.QuantConfig`.
 
     Every iterate is judged as it would be stored, after rounding to fp16, so the result is never worse than a start.
     """
     best: Bcq | None = None
     best_error = torch.full_like(w[:, 0], torch.inf)
-    for scales, offsets in starts(w, bits, has_offsets, start):
+    for scales, offsets in starts(w, bits, has_offsets, start, whiten):
         previous = torch.inf
         for iteration in range(iterations + 1):
             stored_scales, stored_offsets = storable(scales, offsets)
-            planes, values = nearest(w, stored_scales, stored_offsets)
-            error = (w - values).square_().sum(1)
+            planes, q = nearest(w, stored_scales, stored_offsets)
+            error = whitened(w - q, whiten).square().sum(1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             if best is None:
@@ -158,5 +189,5 @@ def alternating(
             if iteration == iterations or total >= previous * (1 - tolerance):
                 break
             previous = total
-            scales, offsets = refit(planes, w, has_offsets)
+            scales, offsets = refit(planes, w, has_offsets, whiten)
     return best

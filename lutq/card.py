@@ -14,6 +14,9 @@ def model_card(report: Report) -> str:
         f"\n[overrides.{toml_value(pattern)}]\n" + "".join(f"{k} = {toml_value(v)}\n" for k, v in override.items())
         for pattern, override in config.overrides.items()
     )
+    calibration = "".join(
+        f"\n* {title}: {words}" for title, words in (report.calibration.figures() if report.calibration else {}).items()
+    )
     return f"""---
 base_model: {report.source}
 library_name: transformers
@@ -42,7 +45,7 @@ not load: transformers stops at a size mismatch of a tensor that is empty on pur
 * bits per weight: {bits_per_weight(report.layers):.3f} in the quantized layers, scales and offsets included;
   {8 * report.bytes_after / report.parameters:.3f} in the whole model
 * size: {size(report.bytes_before)} before, {size(report.bytes_after)} after
-* relative error of the quantized weights (Frobenius): {relative_error(report.layers):.4f}
+* relative error of the quantized weights (Frobenius): {relative_error(report.layers):.4f}{calibration}
 * Linear layers kept as they are: {len(report.kept)}{" (" + shorten(report.kept) + ")" if report.kept else ""}
 
 ## Settings

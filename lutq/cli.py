@@ -15,6 +15,7 @@ import typer
 from lutq import __version__
 from lutq.config import FIELDS, METHODS, STARTS, make_config
 from lutq.errors import LutqError
+from lutq.parallel.job import job
 
 app = typer.Typer(
     name="lutq",
@@ -32,13 +33,16 @@ Model = Annotated[str, typer.Option(help="Checkpoint directory, hub id, or opt-t
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Run a verb so that bad input ends in one sentence and exit code 2, and Ctrl-C in exit code 130."""
+    """Run a verb so that bad input ends in one sentence and exit code 2, and Ctrl-C in exit code 130; one of several processes
+    of torchrun as lutq/parallel/job.py says.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, verbose: bool = False, **kwargs: Any) -> None:
         try:
             quiet_libraries()
-            function(*args, verbose=verbose, **kwargs)
+            with job(function.__name__, kwargs.get("device", "auto"), verbose):
+                function(*args, verbose=verbose, **kwargs)
         except LutqError as error:
             if verbose:
                 traceback.print_exc()
@@ -96,6 +100,22 @@ def quantize(
     start: Annotated[Optional[str], setting("start", f"alternating: start from {', '.join(STARTS)}.")] = None,
     iterations: Annotated[Optional[int], setting("iterations", "alternating: rounds at most.")] = None,
     tolerance: Annotated[Optional[float], setting("tolerance", "alternating: stop when a round gains less.")] = None,
+    calib: Annotated[
+        Optional[str], setting("calib", "Calibration text: books, wikitext2, c4, ptb (train), or a text file.")
+    ] = None,
+    calib_windows: Annotated[Optional[int], setting("calib_windows", "Windows of it.")] = None,
+    calib_length: Annotated[
+        Optional[int], setting("calib_length", "Tokens in each; 0 is the model's maximum, up to 2048.")
+    ] = None,
+    seed: Annotated[Optional[int], setting("seed", "Chooses the windows and their order.")] = None,
+    damping: Annotated[Optional[float], setting("damping", "feedback: part of the mean added to a Hessian's diagonal.")] = None,
+    rounds: Annotated[Optional[int], setting("rounds", "feedback: refits of each group's grid.")] = None,
+    sweeps: Annotated[Optional[int], setting("sweeps", "feedback: sweeps of coordinate descent at the end.")] = None,
+    refine: Annotated[Optional[int], setting("refine", "Passes over the windows that tune each block's scales.")] = None,
+    distill: Annotated[Optional[int], setting("distill", "Passes over the windows that tune all scales end to end.")] = None,
+    flips: Annotated[Optional[bool], setting("flips", "refine and distill learn the codes too.", "--flips/--no-flips")] = None,
+    rate: Annotated[Optional[float], setting("rate", "Largest step of a scale in refine and distill, relative.")] = None,
+    target_bpw: Annotated[Optional[float], setting("target_bpw", "Choose bits per layer so that the average is this.")] = None,
     head_bits: Annotated[Optional[int], setting("head_bits", "Bits of the output head; 16 keeps it as it is.")] = None,
     recipe: Annotated[Optional[str], typer.Option(help="Settings from configs/NAME.toml; flags override them.")] = None,
     out: Annotated[Path, typer.Option(help="Output directory.")] = Path("lutq-out"),
@@ -130,13 +150,17 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    engine: Annotated[str, typer.Option(help="auto, fast (OPT and LLaMA), graph, or plain.")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: Backend = "auto",
     verbose: Verbose = False,
 ) -> None:
     """Continue a prompt, streaming the text as it comes."""
-    text = read_prompt(prompt, file)
+    from lutq.parallel.ranks import current
+
+    text = current().same(lambda: read_prompt(prompt, file))
+    from lutq.decode.choose import check_engine
     from lutq.generate import Sampling
     from lutq.generate import generate as run
     from lutq.hf import load
@@ -144,11 +168,12 @@ def generate(
     from lutq.tokens import load_tokenizer
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    check_engine(engine)
     loaded = load(model, device=device, dtype=dtype, backend=backend)
     tokenizer = load_tokenizer(locate(model)[0])
     if not chat:
         typer.echo(text, nl=False)
-    result = run(loaded, tokenizer, text, sampling, chat, lambda piece: typer.echo(piece, nl=False))
+    result = run(loaded, tokenizer, text, sampling, chat, lambda piece: typer.echo(piece, nl=False), engine)
     typer.echo("")
     typer.echo(f"[{result.summary()}]", err=True)
 
@@ -268,6 +293,32 @@ def kernel(
     from lutq.bench import bench as run
 
     run(shape, rows, bits, grid, group, json_file, plot, repeats, device, typer.echo)
+
+
+@bench.command()
+@verb
+def decode(
+    shape: Annotated[
+        Optional[list[str]], typer.Option(help="A model config (JSON), or a name in configs/models; repeatable.")
+    ] = None,
+    bits: Annotated[Optional[list[int]], typer.Option(help="Bits per weight, or 16; repeatable. Default: 3.")] = None,
+    group: Annotated[int, typer.Option(help="Inputs that share scales: a multiple of 32, or 0 for the row.")] = 128,
+    grid: Annotated[str, typer.Option(help="bcq, uniform; auto is bcq at 1 to 3 bits and uniform at 4.")] = "auto",
+    context: Annotated[int, typer.Option(help="Tokens that a step attends to.")] = 512,
+    batch: Annotated[Optional[list[int]], typer.Option(help="Sequences; repeatable. Default: 1.")] = None,
+    engine: Annotated[str, typer.Option(help="fast or graph.")] = "fast",
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Random weights: what a shape has anyway.")] = False,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the results to this file.")] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw the results into this .png (needs matplotlib).")] = None,
+    replays: Annotated[int, typer.Option(help="Steps to time, 100 or more.")] = 200,
+    device: Annotated[str, typer.Option(help="cuda, cuda:N; auto is the current GPU.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of activations: float16 or bfloat16.")] = "float16",
+    verbose: Verbose = False,
+) -> None:
+    """Time whole decode steps of models with random weights, which need no checkpoint."""
+    from lutq.decode.bench import bench as run
+
+    run(shape, bits, group, grid, context, batch, engine, json_file, plot, replays, device, dtype, typer.echo)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from lutq.errors import LutqError
 from lutq.paths import shipped
 
-METHODS = ("rtn", "greedy", "alternating")
+METHODS = ("rtn", "greedy", "alternating", "feedback")
 STARTS = ("range", "uniform", "greedy", "best")
 KEEP_BITS = 16  # head_bits that leaves the output head as it is
 FORMAT_VERSION = 1
@@ -46,14 +46,26 @@ class QuantConfig:
 
     bits: bit-planes per weight, 1 to 4.
     group: inputs that share one set of scales, a multiple of 32, or 0 for the whole row.
-    method: `rtn` (uniform grid), `greedy` or `alternating` (BCQ grid, see lutq/bcq.py).
+    method: `rtn` (uniform grid), `greedy` or `alternating` (BCQ grid, see lutq/bcq.py), or `feedback` (BCQ grid fitted to the
+        layer's outputs on a calibration text, see lutq/solve.py).
     offsets: store one offset per group besides the scales (BCQ grids).
     symmetric: uniform grid without zero points, its levels at odd multiples of half a step.
     clip: `rtn` searches the clipping range by squared error; otherwise the whole range is kept.
     start: which grid `alternating` starts from: the uniform grid over the whole `range`, the clip-searched `uniform` grid,
         the `greedy` one, or `best`: the latter two, keeping per group the smaller squared error.
     iterations, tolerance: `alternating` stops after so many rounds, or when a round lowers the squared error of the rows
-        at hand by less than this fraction.
+        at hand by less than this fraction. `feedback` starts from such fits.
+    calib: the calibration text of `feedback`, `refine` and `distill`: books, wikitext2, c4, ptb (their training splits) or a
+        text file. calib_windows: windows of it. calib_length: tokens in each, 0 for the model's maximum up to 2048. seed:
+        chooses the windows and their order.
+    damping: `feedback` adds this part of the mean of a Hessian's diagonal to the diagonal; more where it must.
+    rounds: `feedback` refits each group's grid so many times. sweeps: of coordinate descent after that.
+    refine: passes over the windows that tune each block's scales, offsets, norms and biases to the original block's outputs
+        (BCQ grids; see lutq/refine.py). distill: the same end to end, to the original model's next-token distribution.
+    flips: `refine` and `distill` learn the codes too, which takes 16 bytes of memory for each weight.
+    rate: the largest step of a scale while tuning, in parts of its layer's root mean square.
+    target_bpw: stored bits per weight of all quantized layers together, scales and offsets included; bits per layer are then
+        chosen by their effect on the model's predictions (see lutq/allocate.py). 0: every layer has `bits`.
     head_bits: bits of the output head, 16 keeps it as it is.
     overrides: regular expression on the module name -> {bits, group, skip}.
 
@@ -69,6 +81,18 @@ class QuantConfig:
     start: str = "range"
     iterations: int = 15
     tolerance: float = 1e-3
+    calib: str = "books"
+    calib_windows: int = 64
+    calib_length: int = 0
+    seed: int = 0
+    damping: float = 0.01
+    rounds: int = 8
+    sweeps: int = 8
+    refine: int = 0
+    distill: int = 0
+    flips: bool = False
+    rate: float = 1e-2
+    target_bpw: float = 0.0
     head_bits: int = KEEP_BITS
     overrides: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -86,10 +110,26 @@ class QuantConfig:
         for name, known in (("method", METHODS), ("start", STARTS)):
             if getattr(self, name) not in known:
                 raise LutqError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if self.iterations < 0:
-            raise LutqError(f"iterations must be 0 or more, not {self.iterations}")
-        if not 0 <= self.tolerance < 1:
-            raise LutqError(f"tolerance must be at least 0 and less than 1, not {self.tolerance}")
+        for name, least in (
+            ("iterations", 0),
+            ("calib_windows", 1),
+            ("seed", 0),
+            ("rounds", 0),
+            ("sweeps", 0),
+            ("refine", 0),
+            ("distill", 0),
+        ):
+            if getattr(self, name) < least:
+                raise LutqError(f"{name} must be {least} or more, not {getattr(self, name)}")
+        for name in ("tolerance", "damping", "rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise LutqError(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}")
+        if not 0 <= self.target_bpw <= 16:
+            raise LutqError(f"target_bpw must be a number of bits up to 16, or 0 for none; not {self.target_bpw}")
+        if self.calib_length < 0 or self.calib_length == 1:
+            raise LutqError(f"calib_length must be 2 or more, or 0 for the model's maximum; not {self.calib_length}")
+        if self.method == "rtn" and (self.refine or self.distill):
+            raise LutqError(f"{'refine' if self.refine else 'distill'} tunes BCQ grids and method is 'rtn': use another method")
         for pattern, table in self.overrides.items():
             check_override(pattern, table)
 
@@ -97,6 +137,11 @@ class QuantConfig:
     def grid(self) -> str:
         """`uniform` or `bcq`: how a checkpoint of this method stores its levels."""
         return "uniform" if self.method == "rtn" else "bcq"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a calibration text takes part."""
+        return self.method == "feedback" or self.refine > 0 or self.distill > 0
 
     def layer(self, name: str, is_head: bool = False) -> LayerConfig | None:
         """Settings of the Linear layer called `name`, or None where it is kept as it is."""

@@ -1,4 +1,5 @@
-"""From one weight matrix and its settings to its packed form: `fit(W, layer, config) -> Packed`.
+"""From one weight matrix and its settings to its packed form: `fit(W, layer, config) -> Packed`, or `solve_layer` with the
+second moments of its inputs.
 
 Rows are taken in chunks of bounded memory and cut into groups; a short last group is fitted on its own. The chunk size,
 over which `alternating` decides when to stop, depends on the device only: a matrix always gives the same codes on a device.
@@ -6,9 +7,9 @@ over which `alternating` decides when to stop, depends on the device only: a mat
 
 import torch
 
-from lutq import bcq, uniform
+from lutq import bcq, solve, uniform
 from lutq.config import LayerConfig, QuantConfig
-from lutq.pack import Packed, group_size, pack_bits
+from lutq.pack import Packed, dequantize, group_size, pack_bits, unpack_bits
 
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights at a time; a fit needs about 100 bytes for each
 
@@ -53,3 +54,32 @@ def fit_groups(w: torch.Tensor, bits: int, config: QuantConfig) -> tuple[torch.T
         return bcq.greedy(w, bits, config.offsets)
     search = (config.start, config.iterations, config.tolerance)
     return bcq.alternating(w, bits, config.offsets, *search)
+
+
+def solve_layer(W: torch.Tensor, H: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> tuple[Packed, float, float]:
+    """Quantize W fp32 [N, K] with H [K, K]; relative output errors of the plain fit and of the result, which is never more.
+
+    Methods other than `feedback` are plain fits.
+    """
+    K = W.shape[1]
+    g = group_size(layer.group, K)
+    plain = fit(W, layer, config)
+    size = (W @ H * W).sum().clamp(min=1e-30)
+    losses = solve.loss(W, dequantize(*plain, layer.group, layer.grid, K), H)
+    before = (losses.sum() / size).sqrt().item()
+    if config.method != "feedback":
+        return plain, before, before
+    solved = solve.solve(W, H, layer.bits, g, layer.offsets, config.rounds, config.iterations)
+    better = solve.loss(W, solve.dense(solved, g), H) < losses
+    offsets = None
+    if layer.offsets:
+        offsets = torch.where(better[:, None], solved.offsets, plain.offsets.float())
+    planes = torch.where(better[:, None], solved.planes, unpack_bits(plain.codes, K))
+    chosen = bcq.Bcq(planes, torch.where(better[:, None], solved.scales, plain.scales.float()), offsets)
+    chosen = solve.descend(W, H, chosen, g, config.sweeps)
+    after = (solve.loss(W, solve.dense(chosen, g), H).sum() / size).sqrt().item()
+    return (
+        Packed(pack_bits(chosen.planes), chosen.scales.half(), None if offsets is None else chosen.offsets.half()),
+        before,
+        after,
+    )

@@ -16,8 +16,11 @@ import torch
 from tqdm import tqdm
 
 from lutq import __version__
+from lutq.allocate import allocate, measure
+from lutq.calib import Calibration
+from lutq.calibrate import Calibrated, calibrate, calibration_for
 from lutq.card import model_card
-from lutq.config import FORMAT_VERSION, QuantConfig
+from lutq.config import FORMAT_VERSION, LayerConfig, QuantConfig
 from lutq.errors import LutqError
 from lutq.fit import CHUNK, fit
 from lutq.journal import NAME, Journal, StaleRunError, fingerprint
@@ -36,6 +39,7 @@ from lutq.runtime import (
 )
 from lutq.shards import SHARD_BYTES, ShardWriter, disk_error
 from lutq.source import Source
+from lutq.store import FOLDER
 from lutq.structure import Structure, read_structure
 from lutq.uniform import LARGEST_SCALE
 
@@ -65,6 +69,7 @@ class Job:
     out: Path
     partial: Path
     shown: Path
+    calibration: Calibration | None = None
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for an unfinished run to be continued."""
@@ -76,6 +81,7 @@ class Job:
             "shard_bytes": self.shard_bytes,
             "source_config": self.source.raw_config,
             **self.config.to_dict(),
+            **({"calibration": self.calibration.record()} if self.calibration else {}),
         }
 
 
@@ -102,9 +108,15 @@ def quantize_checkpoint(
     own = source.config.dtype
     kept_dtype = resolve_dtype(dtype, own if own in (torch.float16, torch.bfloat16) else torch.float16)
     structure = read_structure(source.config)
-    todo = plan(source, structure, config, kept_dtype)
+    todo, place = plan(source, structure, config, kept_dtype), resolve_device(device)
     partial = out.with_name(out.name + ".partial")
-    job = Job(source, structure, todo, config, resolve_device(device), shard_bytes, out, partial, shown)
+    calibration = calibration_for(source.path, source.config, config) if config.calibrated or config.target_bpw else None
+    if config.target_bpw:
+        config = allocate(measure(source, block_layers(todo, structure), config, calibration, place), config)
+        todo = plan(source, structure, config, kept_dtype)
+    job = Job(
+        source, structure, todo, config, place, shard_bytes, out, partial, shown, calibration if config.calibrated else None
+    )
     try:
         return complete(job)
     except StaleRunError:
@@ -144,7 +156,8 @@ def complete(job: Job) -> Report:
     except OSError as error:
         raise LutqError(f"cannot write to {job.partial} ({error.strerror}): give another --out") from error
     try:
-        layers = run(job, journal)
+        calibrated = calibrate_job(job, journal)
+        layers = run(job, journal, calibrated)
         report = Report(
             source=job.source.name,
             out=job.shown,
@@ -157,10 +170,12 @@ def complete(job: Job) -> Report:
             parameters=job.structure.parameters,
             seconds=time.perf_counter() - begin,
             peak=peak_memory(job.device),
+            calibration=calibrated.figures(),
         )
         finish(job, report)
         publish(job.partial, job.out)
         (job.out / NAME).unlink()
+        shutil.rmtree(job.out / FOLDER, ignore_errors=True)
     except OSError as error:
         raise disk_error(error, job.partial) from error
     finally:
@@ -168,7 +183,21 @@ def complete(job: Job) -> Report:
     return report
 
 
-def run(job: Job, journal: Journal) -> list[LayerReport]:
+def block_layers(todo: Plan, structure: Structure) -> dict[str, LayerConfig]:
+    """Name -> settings of the Linear layers inside decoder blocks that a plan quantizes."""
+    return {unit.name: unit.layer for unit in todo.units if unit.layer and structure.linears[unit.name].place == "block"}
+
+
+def calibrate_job(job: Job, journal: Journal) -> Calibrated:
+    """The calibrated stages of a job; nothing where it has none."""
+    if job.calibration is None:
+        return Calibrated()
+    layers = block_layers(job.todo, job.structure)
+    with out_of_memory(lambda: "calibrating needs the whole model in host memory: use fewer --calib-windows or another machine"):
+        return calibrate(job.source.path, layers, job.config, job.calibration, job.device, job.partial, journal)
+
+
+def run(job: Job, journal: Journal, calibrated: Calibrated) -> list[LayerReport]:
     """Do every unit that is not done yet and write its tensors; figures of all quantized layers, in model order."""
     units, specs = job.todo.units, job.todo.specs
     done = {record["unit"]: record for record in journal.records}
@@ -193,7 +222,7 @@ def run(job: Job, journal: Journal) -> list[LayerReport]:
                 if record:
                     journal.check(record, tensor)
                 else:
-                    record = {"unit": unit.name, "sha256": fingerprint(tensor), **process(unit, tensor, job, writer)}
+                    record = {"unit": unit.name, "sha256": fingerprint(tensor), **process(unit, tensor, job, writer, calibrated)}
                     writer.flush()
                     journal.add(record)
                 if unit.layer:
@@ -209,14 +238,17 @@ def run(job: Job, journal: Journal) -> list[LayerReport]:
     return layers
 
 
-def process(unit: Unit, tensor: torch.Tensor, job: Job, writer: ShardWriter) -> dict[str, float]:
-    """Quantize or convert one tensor and write it; squared norms of a quantized weight and of its error."""
+def process(unit: Unit, tensor: torch.Tensor, job: Job, writer: ShardWriter, calibrated: Calibrated) -> dict[str, float]:
+    """Quantize or convert one tensor, or take what calibration made of it, and write it.
+
+    Returns squared norms of a quantized weight and of its error.
+    """
     if not tensor.is_floating_point():
         raise LutqError(f"{unit.key} has dtype {tensor.dtype}, which is no plain weight: give an unquantized checkpoint")
     if not torch.isfinite(tensor).all():
         raise LutqError(f"{unit.key} holds NaN or infinite values: give an undamaged checkpoint")
     if unit.layer is None:
-        kept = tensor.to(job.todo.dtype)
+        kept = calibrated.vectors.get(unit.name, tensor).to(job.todo.dtype)
         if not torch.isfinite(kept).all():
             raise LutqError(f"{unit.key} does not fit into {job.todo.dtype}: use --dtype bfloat16")
         writer.write(unit.name, kept)
@@ -225,7 +257,7 @@ def process(unit: Unit, tensor: torch.Tensor, job: Job, writer: ShardWriter) -> 
         W = tensor.to(job.device)
         if W.abs().max() > LARGEST_SCALE:
             raise LutqError(f"{unit.key} has weights beyond the {LARGEST_SCALE:.0f} of fp16 scales: skip it with an override")
-        packed = fit(W, unit.layer, job.config)
+        packed = calibrated.layer(unit.name, job.device) or fit(W, unit.layer, job.config)
         values = dequantize(*packed, unit.layer.group, unit.layer.grid, W.shape[1])
         figures = {"error": squared_norm(W.float() - values), "norm": squared_norm(W.float())}
     for part, content in packed._asdict().items():
@@ -269,7 +301,7 @@ def finish(job: Job, report: Report) -> None:
             "lutq_version": __version__,
             "guard": job.todo.guard,
             "modules": modules,
-            "settings": job.config.to_dict(),
+            "settings": job.config.to_dict() | ({"calibration": job.calibration.record()} if job.calibration else {}),
         },
     }
     config.pop("torch_dtype", None)

@@ -27,6 +27,30 @@ class LayerReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class CalibrationReport:
+    """What calibration did. before, after: root mean square over the layers of the relative output error on the calibration
+    text, of the plain fit and of the calibrated one. distilled: divergence from the original model on held-out windows
+    before and after, in nats per token.
+    """
+
+    text: str
+    before: float
+    after: float
+    distilled: tuple[float, float] | None
+
+    def figures(self) -> dict[str, str]:
+        """Title -> figures in words."""
+        figures = {
+            "calibration text": self.text,
+            "output error": f"{self.before:.4f} -> {self.after:.4f} of the layers on that text",
+        }
+        if self.distilled:
+            before, after = self.distilled
+            figures["divergence"] = f"{before:.4f} -> {after:.4f} nats per token from the original model, on held-out windows"
+        return figures
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Figures of one run. Sizes in bytes, time in seconds of this process; `kept` names Linear layers left as they are."""
 
@@ -41,6 +65,7 @@ class Report:
     parameters: int
     seconds: float
     peak: str
+    calibration: CalibrationReport | None = None
 
     def summary(self) -> str:
         """The table printed at the end of `lutq quantize`."""
@@ -52,6 +77,7 @@ class Report:
             f"{8 * self.bytes_after / self.parameters:.3f} in the whole model",
             f"size              {size(self.bytes_before)} -> {size(self.bytes_after)}",
             f"relative error    {relative_error(self.layers):.4f} of the quantized weights (Frobenius)",
+            *(f"{title:16}  {words}" for title, words in (self.calibration.figures() if self.calibration else {}).items()),
             f"kept as they are  {len(self.kept)} Linear layers{': ' if self.kept else ''}{shorten(self.kept)}",
             f"peak memory       {self.peak}",
             f"time              {self.seconds:.1f} s",

@@ -26,11 +26,11 @@ def round_to_grid(w: torch.Tensor, scales: torch.Tensor, center: torch.Tensor, b
     return torch.round(w / scales[:, None] + center[:, None]).clamp_(0, 2**bits - 1)
 
 
-def rtn(w: torch.Tensor, bits: int, symmetric: bool = False, clip: bool = True) -> Uniform:
+def rtn(w: torch.Tensor, bits: int, symmetric: bool = False, clip: bool = True, whiten: torch.Tensor | None = None) -> Uniform:
     """Nearest levels of each group's uniform grid.
 
     w: fp32 [R, g]. clip: try `SHRINKS` clipping ranges and keep, per group, the one of the least squared error (the whole
-    range is one of them); otherwise keep the whole range.
+    range is one of them); otherwise keep the whole range. whiten: [g], factors of each input's error.
     """
     steps = 2**bits - 1
     if symmetric:
@@ -44,7 +44,8 @@ def rtn(w: torch.Tensor, bits: int, symmetric: bool = False, clip: bool = True) 
         scales = ((high - low) * (shrink / steps)).clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
         center = torch.full_like(low, steps / 2) if symmetric else torch.round(-low * shrink / scales).clamp_(0, steps)
         u = round_to_grid(w, scales, center, bits)
-        error = (w - scales[:, None] * (u - center[:, None])).square_().sum(1)
+        error = w - scales[:, None] * (u - center[:, None])
+        error = (error if whiten is None else error * whiten).square_().sum(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scales = torch.where(better, scales, best_scales)

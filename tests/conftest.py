@@ -128,6 +128,7 @@ for line in sys.stdin:
             for target, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_WRONLY), (2, "stderr", os.O_WRONLY)):
                 os.dup2(os.open(request[name], flags), target)
             os.chdir(request["cwd"])
+            os.environ.update(request["env"])
             sys.stdin = open(0, closefd=False)  # the server's has read ahead
             sys.argv = ["lutq", *request["args"]]
             try:
@@ -166,13 +167,12 @@ class ForkServer:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, args, folder, cwd, stdin):
+    def start(self, args, folder, cwd, stdin, env):
         files = {name: str(folder / name) for name in ("stdin", "stdout", "stderr")}
         for name, path in files.items():
             Path(path).write_text(stdin if name == "stdin" else "", encoding="utf-8")
-        return Forked(
-            self, [str(arg) for arg in args], files, self.ask({"args": [str(arg) for arg in args], "cwd": str(cwd), **files})
-        )
+        args = [str(arg) for arg in args]
+        return Forked(self, args, files, self.ask({"args": args, "cwd": str(cwd), "env": env, **files}))
 
 
 class Forked:
@@ -203,8 +203,8 @@ def start_lutq(fork_server, tmp_path, tmp_path_factory):
     """`start_lutq(*args)`: the command in a forked process, in tmp_path; a `Forked` with pid, signal() and wait()."""
     running = []
 
-    def start(*args, cwd=tmp_path, stdin=""):
-        running.append(fork_server.start(args, tmp_path_factory.mktemp("streams"), cwd, stdin))
+    def start(*args, cwd=tmp_path, stdin="", env=None):
+        running.append(fork_server.start(args, tmp_path_factory.mktemp("streams"), cwd, stdin, env or {}))
         return running[-1]
 
     yield start

@@ -39,10 +39,12 @@ FLAGS = {
             "--no-clip",
         ),
         *("--start", "--iterations", "--tolerance", "--head-bits", "--recipe", "--out", "--overwrite"),
+        *("--calib", "--calib-windows", "--calib-length", "--seed", "--damping", "--rounds", "--sweeps"),
+        *("--refine", "--distill", "--flips", "--no-flips", "--rate", "--target-bpw"),
     ],
     "generate": [
         *("prompt", "--model", "--file", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty"),
-        *("--seed", "--chat"),
+        *("--seed", "--chat", "--engine"),
     ],
     "eval-ppl": ["dataset", "--model", "--baseline", "--protocol", "--max-windows", "--json"],
     "info": ["model"],
@@ -50,6 +52,8 @@ FLAGS = {
 FLAGS = {verb: {*flags, *EVERYWHERE} for verb, flags in FLAGS.items()}
 FLAGS |= {"build": {"--arch", "--out", *SHORT}, "doctor": {*SHORT}, "bench": {"--help", "-h"}}
 KERNEL = {"--shape", "--rows", "--bits", "--grid", "--group", "--json", "--plot", "--repeats", "--tune", "--device", *SHORT}
+DECODE = {"--shape", "--bits", "--grid", "--group", "--context", "--batch", "--engine", "--synthetic", "--json", "--plot"}
+DECODE |= {"--replays", "--device", "--dtype", *SHORT}
 
 
 def words(text):
@@ -86,8 +90,11 @@ def test_flags_are_all_that_there_are():
     for verb, command in group.commands.items():
         flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         assert flags | {"--help", "-h"} == FLAGS[verb], f"{verb=} {flags ^ FLAGS[verb]}"
-    kernel = group.commands["bench"].commands["kernel"]
-    assert {flag for parameter in kernel.params for flag in parameter.opts} | {"--help", "-h"} == KERNEL
+    benches = {"kernel": KERNEL, "decode": DECODE}
+    assert set(group.commands["bench"].commands) == set(benches)
+    for name, expected in benches.items():
+        command = group.commands["bench"].commands[name]
+        assert {flag for parameter in command.params for flag in parameter.opts} | {"--help", "-h"} == expected, f"{name=}"
 
 
 def test_every_setting_is_a_flag_of_quantize():

@@ -24,6 +24,13 @@ OUT_OF_RANGE = [
     *(("start", value) for value in ("", "bset", "rtn", 0, None)),
     *(("iterations", value) for value in (-1, 1.5, "15", True, None)),
     *(("tolerance", value) for value in (-1e-9, 1.0, 1, 2.5, float("nan"), float("inf"), "0", True, None)),
+    *(("calib", value) for value in (0, None, True)),
+    *(("calib_windows", value) for value in (0, -1, 1.5, "64", True, None)),
+    *(("calib_length", value) for value in (-1, 1, 1.5, "64", True, None)),
+    *((name, value) for name in ("seed", "rounds", "sweeps", "refine", "distill") for value in (-1, 1.5, "1", True, None)),
+    *((name, value) for name in ("damping", "rate") for value in (-1e-9, 1, 2.5, float("nan"), "0", True, None)),
+    *(("target_bpw", value) for value in (-1, 17, float("nan"), "2.5", True, None)),
+    *(("flips", value) for value in (0, 1, "yes", None)),
     *(("head_bits", value) for value in (0, 5, 8, 15, 17, -16, 4.0, "16", True, None)),
     *(("overrides", value) for value in ([], "fc2", None, 3)),
 ]
@@ -81,6 +88,11 @@ def test_bad_pattern_is_refused(pattern):
         *(("start", start) for start in STARTS),
         *(("iterations", iterations) for iterations in (0, 1, 1000)),
         *(("tolerance", tolerance) for tolerance in (0.0, 0, 0.999)),
+        *(("calib", name) for name in ("books", "c4", "some/file.txt")),
+        *(("calib_length", length) for length in (0, 2, 2048)),
+        *((name, value) for name in ("seed", "rounds", "sweeps", "refine", "distill") for value in (0, 1, 1000)),
+        *((name, value) for name in ("damping", "rate") for value in (0.0, 0, 0.999)),
+        *(("target_bpw", value) for value in (0, 2.5, 16)),
         *(("head_bits", bits) for bits in (1, 2, 3, 4, KEEP_BITS)),
         ("overrides", {}),
         ("overrides", {"": {}, "fc2$": {"bits": 1, "group": 0, "skip": False}}),
@@ -88,6 +100,15 @@ def test_bad_pattern_is_refused(pattern):
 )
 def test_in_range_is_taken(name, value):
     assert getattr(QuantConfig(**{name: value}), name) == value, f"{name=} {value=}"
+
+
+@pytest.mark.parametrize("stage", ["refine", "distill"])
+def test_tuning_needs_a_bcq_grid(stage):
+    with pytest.raises(LutqError, match=f"^{stage} tunes BCQ grids and method is 'rtn'"):
+        QuantConfig(method="rtn", **{stage: 1})
+    assert QuantConfig(**{stage: 1}).calibrated
+    assert QuantConfig(method="feedback").calibrated
+    assert not QuantConfig().calibrated
 
 
 def test_tolerance_becomes_a_float():
@@ -259,6 +280,11 @@ CONFIGS = st.builds(
     start=st.sampled_from(STARTS),
     iterations=st.integers(0, 10**6),
     tolerance=st.floats(0, 1, exclude_max=True),
+    calib=st.text(),
+    calib_windows=st.integers(1, 10**6),
+    calib_length=st.integers(2, 10**6),
+    flips=st.booleans(),
+    rate=st.floats(0, 1, exclude_max=True),
     head_bits=st.sampled_from([1, 2, 3, 4, KEEP_BITS]),
     overrides=st.dictionaries(st.text().map(re.escape), TABLES, max_size=3),
 )

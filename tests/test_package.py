@@ -111,10 +111,10 @@ def test_default_recipe_is_the_default():
 
 def test_attribution():
     notice = (ASSETS / "NOTICE.md").read_text(encoding="utf-8")
-    for word in ("opt-tiny", "wikitext2-raw-test.txt", "CC BY-SA 3.0", "1609.07843"):
+    for word in ("opt-tiny", "wikitext2-raw-test.txt", "books.txt", "CC BY-SA 3.0", "1609.07843"):
         assert word in notice, f"{word=}"
     data = {path.name for path in ASSETS.iterdir() if path.name != "NOTICE.md"}
-    assert data == {"opt-tiny", "wikitext2-raw-test.txt"}, f"{data}: is it all in NOTICE.md?"
+    assert data == {"opt-tiny", "wikitext2-raw-test.txt", "books.txt"}, f"{data}: is it all in NOTICE.md?"
 
 
 def test_version():

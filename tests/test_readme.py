@@ -13,7 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("script", "results"), [("perplexity_report", 2), ("kernel_report", 1)])
+NO_DECODE = pytest.mark.skipif(not list((ROOT / "scripts" / "results").glob("decode-*.json")), reason="not measured yet")
+
+
+@pytest.mark.parametrize(
+    ("script", "results"),
+    [
+        ("perplexity_report", 2),
+        ("quality_report", 1),
+        ("kernel_report", 1),
+        pytest.param("decode_report", 1, marks=NO_DECODE),
+    ],
+)
 def test_tables_are_those_of_the_results(monkeypatch, script, results):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     report = importlib.import_module(script)
@@ -38,7 +49,7 @@ def test_named_files_exist(path):
 
 def test_every_module_is_in_the_file_tree():
     tree = README.split("## Files")[1].split("## Limits")[0]
-    for module in (ROOT / "lutq").glob("*.py"):
+    for module in (ROOT / "lutq").rglob("*.py"):
         if not module.stem.startswith("__"):
             assert re.search(rf"\b{module.stem}\b", tree), module.stem
 
@@ -49,9 +60,9 @@ def test_named_flags_exist():
     from lutq.cli import app
 
     known = ""
-    for verb in ("quantize", "generate", "eval-ppl", "info", "build", "doctor", "bench kernel"):
+    for verb in ("quantize", "generate", "eval-ppl", "info", "build", "doctor", "bench kernel", "bench decode"):
         known += CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--help"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--help", "--nproc-per-node"}
     assert flags, "no flags found"
     for flag in flags:
         assert re.search(rf"{flag}(?![\w-])", known), flag

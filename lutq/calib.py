@@ -1,0 +1,86 @@
+"""Calibration text: windows of tokens that the calibrated stages of `lutq quantize` see. Never from a test split.
+
+`books` is in the package; `wikitext2`, `c4` and `ptb` are the *training* splits, fetched with the `datasets` library; anything
+else is the path of a text file. The windows are a seeded choice of the text's own, without overlap, and a checkpoint records
+their hash.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lutq.data import fetch, read_text, wikitext_rows
+from lutq.errors import LutqError
+from lutq.paths import ASSETS
+
+NAMES = ("books", "wikitext2", "c4", "ptb")
+LONGEST = 2048  # tokens of a window by default, or the model's maximum if that is less
+CHARACTERS = 30_000_000  # of a fetched text that are read at most
+TELLTALE = 200  # characters of a line that tell a text from any other
+
+
+class Calibration(NamedTuple):
+    """Windows int64 [windows, length] of a text; source says in words where they are from."""
+
+    windows: torch.Tensor
+    source: str
+
+    def describe(self) -> str:
+        """In words."""
+        count, length = self.windows.shape
+        return f"{count} windows of {length} tokens: {self.source}"
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says about them."""
+        tokens = self.windows.contiguous().numpy().astype("<i8").tobytes()
+        shape = dict(zip(("windows", "length"), self.windows.shape, strict=True))
+        return {"source": self.source, **shape, "sha256": hashlib.sha256(tokens).hexdigest()}
+
+
+def calibration_text(name: str) -> tuple[str, str]:
+    """The text of a name or file, and where it is from. Raises LutqError for what is no text, or is a test split."""
+    if name == "books":
+        return read_text(ASSETS / "books.txt"), "public-domain English books, in the package"
+    if name == "wikitext2":
+        rows = fetch("Salesforce/wikitext", name="wikitext-2-raw-v1", split="train")["text"]
+        return "\n\n".join(rows)[:CHARACTERS], "WikiText-2 raw train"
+    if name == "c4":
+        files = {"train": "en/c4-train.00000-of-01024.json.gz"}
+        rows = fetch("allenai/c4", split="train", data_files=files)[:20_000]["text"]
+        return " ".join(rows)[:CHARACTERS], "allenai/c4 train, first documents"
+    if name == "ptb":
+        files = {"train": "penn_treebank/train/0000.parquet"}
+        rows = fetch("ptb-text-only/ptb_text_only", split="train", data_files=files, revision="refs/convert/parquet")
+        return " ".join(rows["sentence"]), "ptb-text-only/ptb_text_only train"
+    if not Path(name).is_file():
+        raise LutqError(f"unknown calibration text {name!r}: use {', '.join(NAMES)} or the path of a text file")
+    text = read_text(Path(name))
+    if test_lines() & set(text.split("\n")):
+        raise LutqError(f"{name} holds text of the WikiText-2 test split, which is for measuring: calibrate with another text")
+    return text, Path(name).name
+
+
+def test_lines() -> set[str]:
+    """The long lines of the embedded test split."""
+    text = (ASSETS / "wikitext2-raw-test.txt").read_text(encoding="utf-8")
+    return {line.rstrip("\n") for line in wikitext_rows(text) if len(line) > TELLTALE}
+
+
+def sample(tokens: torch.Tensor, windows: int, length: int, seed: int, name: str = "the text") -> torch.Tensor:
+    """`windows` of the windows of `length` that tokens int64 [T] divide into, chosen by `seed`; all of them where there are
+    fewer. Raises LutqError when there is not even one.
+    """
+    count = len(tokens) // length
+    if count == 0:
+        raise LutqError(f"{name} has {len(tokens)} tokens, less than one window of {length}: give a longer calibration text")
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:windows]
+    return tokens[: count * length].view(count, length)[chosen]
+
+
+def read_calibration(name: str, tokenizer: Any, windows: int, length: int, seed: int) -> Calibration:
+    """Windows of a calibration text in the tokens of a model. Raises LutqError."""
+    text, source = calibration_text(name)
+    tokens = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+    return Calibration(sample(tokens, windows, length, seed, source), source)

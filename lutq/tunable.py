@@ -1,0 +1,128 @@
+"""A quantized Linear layer whose scales and offsets can be learned, and its codes too.
+
+Codes stay packed and fixed, or follow `latent` weights: each code is that of the level nearest to its latent weight, and the
+gradient of the quantized weight counts as the latent one's (the straight-through estimator, arXiv 1308.3432).
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lutq import bcq
+from lutq.config import LayerConfig
+from lutq.pack import Packed, dequantize, group_size, pack_bits, signs, unpack_bits
+
+MARGIN = 0.02  # of the distance of two levels that a latent weight keeps from the middle between them at the start
+
+
+class Product(torch.autograd.Function):
+    """y = x W^T for the W that codes, scales [b, N, G] and offsets [N, G] or None stand for; W is made anew in the backward
+    pass, so that no layer keeps one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor | None,
+        latent: torch.Tensor | None,
+        group: int,
+    ) -> torch.Tensor:
+        """Map x [..., K] to y [..., N]."""
+        ctx.group = group
+        ctx.save_for_backward(x, codes, scales, offsets)
+        return F.linear(x, dequantize(codes, scales, offsets, None, group, "bcq", x.shape[-1], x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, scales, offsets, latent: a scale's is the sum over its group of dW times its plane's signs."""
+        x, codes, scales, offsets = ctx.saved_tensors
+        K = x.shape[-1]
+        g = group_size(ctx.group, K)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ dequantize(codes, scales, offsets, None, ctx.group, "bcq", K, dy.dtype)
+        dW = (dy.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        per_group = F.pad(dW, (0, -K % g)).unflatten(1, (-1, g))
+        dscales = [(per_group * F.pad(signs(plane, K), (0, -K % g)).unflatten(1, (-1, g))).sum(2) for plane in codes]
+        doffsets = None if offsets is None else per_group.sum(2)
+        return dx, None, torch.stack(dscales), doffsets, dW if ctx.needs_input_grad[4] else None, None
+
+
+class Tunable(torch.nn.Module):
+    """y = x W^T + bias with W [N, K] on the bcq grid; scales fp32 [b, N, G] and offsets fp32 [N, G] are parameters.
+
+    W: the original weight fp32 [N, K] for codes that can be learned: `latent` starts as the weights nearest to it that have
+    the codes of `packed`.
+    """
+
+    def __init__(
+        self, packed: Packed, K: int, layer: LayerConfig, bias: torch.nn.Parameter | None, W: torch.Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.K, self.layer = K, layer
+        self.register_buffer("codes", packed.codes)
+        self.scales = torch.nn.Parameter(packed.scales.float())
+        self.offsets = None if packed.offsets is None else torch.nn.Parameter(packed.offsets.float())
+        self.bias = bias
+        self.latent = None if W is None else torch.nn.Parameter(self._latent(W))
+
+    @torch.no_grad()
+    def _latent(self, W: torch.Tensor) -> torch.Tensor:
+        """W fp32 [N, K] moved into the cells of its codes, and at most a level's distance beyond the outermost level."""
+        q = self._groups(dequantize(self.codes, self.scales, self.offsets, None, self.layer.group, "bcq", self.K))
+        scales, offsets = self._grids()
+        signs = 2 * bcq.patterns(len(scales), q.device).float() - 1
+        levels = signs @ scales
+        levels = (levels if offsets is None else levels + offsets).sort(dim=0).values  # [2^b, R]
+        low, high = torch.full_like(q, -torch.inf), torch.full_like(q, torch.inf)
+        for below, above in itertools.pairwise(levels):
+            middle, margin = ((below + above) / 2)[:, None], MARGIN * (above - below)[:, None]
+            low = torch.where(q > middle, middle + margin, low)
+            high = torch.where((q < middle) & (high == torch.inf), middle - margin, high)
+        beyond = ((levels[-1] - levels[0]) / (len(levels) - 1))[:, None]
+        low, high = torch.maximum(low, levels[0, :, None] - beyond), torch.minimum(high, levels[-1, :, None] + beyond)
+        return self._ungroup(torch.minimum(torch.maximum(self._groups(W), low), high))
+
+    def _groups(self, w: torch.Tensor) -> torch.Tensor:
+        """[..., N, K] -> [..., N G, g], the last group of a row filled up with zeros."""
+        g = group_size(self.layer.group, self.K)
+        return F.pad(w, (0, -self.K % g)).unflatten(-1, (-1, g)).flatten(-3, -2)
+
+    def _ungroup(self, w: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_groups`."""
+        return w.unflatten(-2, (self.codes.shape[1], -1)).flatten(-2)[..., : self.K]
+
+    def _grids(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales [b, N G] and offsets [N G] or None."""
+        return self.scales.flatten(1), None if self.offsets is None else self.offsets.flatten()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Give every code the level nearest to its latent weight."""
+        planes, _ = bcq.nearest(self._groups(self.latent), *self._grids())
+        self.codes = pack_bits(self._ungroup(planes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [..., K] to y [..., N]."""
+        if self.latent is not None:
+            self.follow()
+        y = Product.apply(x, self.codes, self.scales, self.offsets, self.latent, self.layer.group)
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def packed(self) -> Packed:
+        """The layer as a checkpoint holds it: scales fp16, non-negative and descending, the codes turned along."""
+        b, N, _ = self.codes.shape
+        scales, offsets = self._grids()
+        if self.latent is None:
+            fit = bcq.canonical(self._groups(unpack_bits(self.codes, self.K)), scales, offsets)
+        else:
+            scales, offsets = bcq.storable(scales, offsets)
+            fit = bcq.Bcq(bcq.nearest(self._groups(self.latent), scales, offsets)[0], scales, offsets)
+        codes = pack_bits(self._ungroup(fit.planes))
+        return Packed(codes, fit.scales.view(b, N, -1).half(), None if offsets is None else fit.offsets.view(N, -1).half())

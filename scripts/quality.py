@@ -1,0 +1,136 @@
+"""Measure what each calibrated stage adds and what the shipped recipes reach, into `scripts/results/quality-NAME.json`.
+
+    python scripts/quality.py opt-tiny --groups 128
+    python scripts/quality.py smollm2-135m --groups 64 --max-windows 10     # a directory, see scripts/smollm2.py
+
+Protocol `raw`, WikiText-2 test, fp32. Every figure goes through the whole path: `lutq.quantize_checkpoint` to a directory,
+`lutq.load`, `lutq.evaluate.measure`. Rows that the file already holds from the same environment are kept, so an interrupted
+run goes on. Then `python scripts/quality_report.py` renews the README's tables and the plot.
+"""
+
+import argparse
+import datetime
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import lutq
+from lutq.config import QuantConfig, make_config
+from lutq.data import load_text
+from lutq.evaluate import measure
+from lutq.hf import load
+from lutq.linear import LutLinear
+from lutq.quantize import quantize_checkpoint
+from lutq.report import Report, bits_per_weight, relative_error
+from lutq.runtime import device_name, resolve_device
+from lutq.source import locate
+from lutq.tokens import load_tokenizer
+
+RESULTS = Path(__file__).parent / "results"
+FEEDBACK = {"method": "feedback", "calib_windows": 64}
+STAGES: dict[str, dict[str, Any]] = {
+    "rtn --no-clip": {"method": "rtn", "clip": False},
+    "rtn": {"method": "rtn"},
+    "alternating": {},
+    "feedback --rounds 0 --sweeps 0": FEEDBACK | {"rounds": 0, "sweeps": 0},
+    "feedback --sweeps 0": FEEDBACK | {"sweeps": 0},
+    "feedback": FEEDBACK,
+}
+RECIPES = {4: "best-4bit", 3: "best-3bit", 2: "best-2bit", 2.5: "best-mixed"}
+
+
+def environment(name: str, device: str) -> dict[str, str]:
+    """What the figures depend on, besides the settings of each row."""
+    return {
+        "model": name,
+        "protocol": "raw",
+        "dataset": "WikiText-2 raw test",
+        "dtype": "float32",
+        "device": device_name(resolve_device(device)).split(",")[0],
+        "lutq": lutq.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+    }
+
+
+def figures_of(report: Report) -> dict[str, Any]:
+    """What a run reports about itself."""
+    figures = {
+        "bits_per_weight": bits_per_weight(report.layers),
+        "whole_model": 8 * report.bytes_after / report.parameters,
+        "relative_error": relative_error(report.layers),
+        "seconds": report.seconds,
+    }
+    if report.calibration:
+        figures |= {"output_error": [report.calibration.before, report.calibration.after], "text": report.calibration.text}
+        figures |= {"divergence": report.calibration.distilled}
+    return figures
+
+
+def plain(model: Any) -> Any:
+    """The same model with ordinary Linear layers of the dequantized weights, which a CPU runs faster."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LutLinear):
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            linear.weight = torch.nn.Parameter(module.dequantize(), requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--bits", type=float, nargs="+", default=[4, 3, 2, 2.5], help="2.5 is the mixed recipe")
+    parser.add_argument("--groups", type=int, nargs="+", default=[128])
+    parser.add_argument("--rows", nargs="+", default=["recipes", *STAGES], help="recipes, or names of stages")
+    parser.add_argument("--max-windows", type=int)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    path, name = locate(arguments.model)
+    tokenizer, text = load_tokenizer(path), load_text("wikitext2", "raw")
+    result = environment(name, arguments.device) | {"max_windows": arguments.max_windows, "records": []}
+    suffix = f"-first{arguments.max_windows}" if arguments.max_windows else ""
+    file = RESULTS / f"quality-{name}{suffix}.json"
+    if file.exists():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        if {key: value for key, value in earlier.items() if key not in ("date", "records")}.items() <= result.items():
+            result["records"] = earlier["records"]
+
+    def measure_row(row: str, bits: float, group: int) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            figures, directory = {"bits_per_weight": 16.0, "whole_model": 16.0}, path
+            if row != "fp16":
+                config = (
+                    make_config(row, group=group)
+                    if row.startswith("best")
+                    else QuantConfig(bits=bits, group=group, **STAGES[row])
+                )
+                report = quantize_checkpoint(path, Path(folder) / "out", config, device=arguments.device)
+                figures, directory = figures_of(report), report.out
+            model = plain(load(directory, device=arguments.device, dtype="float32"))
+            ppl = measure(model, tokenizer, text, name, "raw", arguments.max_windows, progress=False)
+        return {"row": row, "bits": bits, "group": group, **figures, "ppl": ppl.perplexity, "windows": ppl.windows}
+
+    rows = [("fp16", 16, 0)]
+    for group in arguments.groups:
+        for bits in arguments.bits:
+            rows += [(row, int(bits), group) for row in arguments.rows if row != "recipes" and bits == int(bits)]
+            rows += [(RECIPES[bits], bits, group)] if "recipes" in arguments.rows else []
+    for row in rows:
+        if row in [(record["row"], record["bits"], record["group"]) for record in result["records"]]:
+            continue
+        result["records"].append(measure_row(*row))
+        print(result["records"][-1], flush=True)
+        RESULTS.mkdir(exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
