@@ -167,12 +167,12 @@ class ForkServer:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, args, folder, cwd, stdin, env):
+    def start(self, args, folder, cwd, stdin, env=None):
         files = {name: str(folder / name) for name in ("stdin", "stdout", "stderr")}
         for name, path in files.items():
             Path(path).write_text(stdin if name == "stdin" else "", encoding="utf-8")
         args = [str(arg) for arg in args]
-        return Forked(self, args, files, self.ask({"args": args, "cwd": str(cwd), "env": env, **files}))
+        return Forked(self, args, files, self.ask({"args": args, "cwd": str(cwd), "env": env or {}, **files}))
 
 
 class Forked:
@@ -204,7 +204,7 @@ def start_lutq(fork_server, tmp_path, tmp_path_factory):
     running = []
 
     def start(*args, cwd=tmp_path, stdin="", env=None):
-        running.append(fork_server.start(args, tmp_path_factory.mktemp("streams"), cwd, stdin, env or {}))
+        running.append(fork_server.start(args, tmp_path_factory.mktemp("streams"), cwd, stdin, env))
         return running[-1]
 
     yield start
