@@ -19,6 +19,7 @@ import lutq
 from lutq.config import LayerConfig, check_bits, check_group
 from lutq.cuda import kernels, prepack
 from lutq.errors import LutqError
+from lutq.paths import check_folders
 from lutq.runtime import out_of_memory
 from lutq.timing import Timing, read_ceiling, require_gpu
 from lutq.trial import check_product, cold_copies, random_packed, time_cublas, time_layer, traffic
@@ -60,9 +61,7 @@ def check_settings(rows: Iterable[int], grid: str, repeats: int, *files: Path | 
         raise LutqError(f"--grid must be one of {', '.join(GRIDS)}, not {grid!r}")
     if repeats < 1:
         raise LutqError(f"--repeats must be 1 or more, not {repeats}")
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise LutqError(f"no directory {file.parent} for {file.name}: create it first")
+    check_folders(*files)
 
 
 def layer_of(bits: int, grid: str, group: int) -> LayerConfig:

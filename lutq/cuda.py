@@ -311,11 +311,16 @@ def multiply(
         limit = rows_limit(gpu.name, layer.bits, gpu.fused)
         if not fits_fused(mode, ready, gpu):
             limit = max(FEW, (min(limit, LUT_LIMIT) if gpu.fused else limit) * max(mode, FEW) // EIGHT)
-        if rows.shape[0] > limit or (ready.wide and layer.grid == "uniform"):  # lut_gemm takes 8 times a uniform step into fp16
+        if rows.shape[0] > limit or not fits_packed(ready, layer):
             multiply_dense(rows, ready, bias, out, layer)
         else:
             multiply_packed(rows, ready, bias, out, layer)
     return y
+
+
+def fits_packed(ready: Prepacked, layer: LayerConfig) -> bool:
+    """Whether `multiply_packed` takes a layer: lut_gemm takes 8 times a uniform step into fp16."""
+    return not (ready.wide and layer.grid == "uniform")
 
 
 def fits_fused(mode: int, ready: Prepacked, gpu: Gpu) -> bool:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from lutq.data import Text, load_text
 from lutq.errors import LutqError
 from lutq.parallel.ranks import current
+from lutq.paths import check_folders
 from lutq.runtime import device_name, dtype_name, out_of_memory, progress_interval
 
 DEFAULT_WINDOW = 2048
@@ -181,8 +182,7 @@ def evaluate(
     window_of(protocol, None)
     if max_windows is not None and max_windows < 1:
         raise LutqError(f"--max-windows must be 1 or more, not {max_windows}")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise LutqError(f"no directory {json_file.parent} for {json_file.name}: create it first")
+    check_folders(json_file)
     text = load_text(dataset, protocol)
     results = []
     for name in filter(None, (baseline, model)):

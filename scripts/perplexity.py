@@ -9,16 +9,14 @@ interrupted run goes on. Then `python scripts/perplexity_report.py` renews the R
 """
 
 import argparse
-import datetime
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
+from measured import environment, measure_rows
+from readme import RESULTS
 
-import lutq
 from lutq.config import QuantConfig
 from lutq.data import load_text
 from lutq.evaluate import measure
@@ -29,7 +27,6 @@ from lutq.runtime import device_name, resolve_device
 from lutq.source import locate
 from lutq.tokens import load_tokenizer
 
-RESULTS = Path(__file__).parent / "results"
 VARIANTS: dict[str, dict[str, Any]] = {
     "rtn --no-clip": {"method": "rtn", "clip": False},
     "rtn": {"method": "rtn"},
@@ -43,21 +40,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def environment(name: str, device: str) -> dict[str, str]:
-    """What the figures depend on, besides the settings of each row."""
-    return {
-        "model": name,
-        "protocol": "gptq",
-        "dataset": "WikiText-2 raw test",
-        "dtype": "float32",
-        "device": device_name(resolve_device(device)),
-        "lutq": lutq.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -68,12 +50,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     path, name = locate(arguments.model)
     tokenizer, text = load_tokenizer(path), load_text("wikitext2", "gptq")
-    result = environment(name, arguments.device) | {"records": []}
-    file = RESULTS / f"perplexity-{name}.json"
-    if file.exists():
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        if {key: value for key, value in earlier.items() if key not in ("date", "records")}.items() <= result.items():
-            result["records"] = earlier["records"]
+    settings = environment(name, "gptq", device_name(resolve_device(arguments.device)))
 
     def measure_row(variant: str, bits: int, group: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -90,13 +67,7 @@ def main() -> None:
 
     rows = [("fp16", 16, 0)]
     rows += [(variant, bits, group) for variant in VARIANTS for group in arguments.groups for bits in arguments.bits]
-    for row in rows:
-        if row in [(record["variant"], record["bits"], record["group"]) for record in result["records"]]:
-            continue
-        result["records"].append(measure_row(*row))
-        print(result["records"][-1], flush=True)
-        RESULTS.mkdir(exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    measure_rows(RESULTS / f"perplexity-{name}.json", settings, rows, "variant", measure_row)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python scripts/perplexity_report.py           # needs matplotlib (extra `test`)
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +49,25 @@ def tables() -> str:
     return "\n\n".join(markdown(result) for result in read_results())
 
 
-def plot(file: Path) -> None:
-    """Perplexity against bits per weight, a panel per model, a line per variant."""
+Lines = Callable[[list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]  # label -> its records, of a model's
+
+
+def plot(file: Path, results: list[dict[str, Any]], key: str, lines: Lines, bold: str) -> None:
+    """Perplexity against bits per weight, a panel per model, a line per label; `key` of a record says `fp16` of the original."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    results = read_results()
-    variants = dict.fromkeys(r["variant"] for result in results for r in result["records"] if r["variant"] != "fp16")
+    shown = [lines([record for record in result["records"] if record[key] != "fp16"]) for result in results]
+    colors = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(label for found in shown for label in found))}
     figure, panels = pyplot.subplots(1, len(results), figsize=(6.4 * len(results), 4.6), squeeze=False)
-    for panel, result in zip(panels[0], results, strict=True):
-        fp16 = next(record["ppl"] for record in result["records"] if record["variant"] == "fp16")
-        for variant, color in zip(variants, mpl.color_sequences["tab10"], strict=False):
-            points = [(r["bits_per_weight"], r["ppl"]) for r in result["records"] if r["variant"] == variant]
-            points = sorted(point for point in points if point[1] < 40 * fp16)
-            width = 2.5 if variant == "alternating" else 1
-            panel.plot([x for x, _ in points], [y for _, y in points], "o-", ms=4, lw=width, label=variant, color=color)
+    for panel, result, found in zip(panels[0], results, shown, strict=True):
+        fp16 = next(record["ppl"] for record in result["records"] if record[key] == "fp16")
+        for label, records in found.items():
+            points = sorted((r["bits_per_weight"], r["ppl"]) for r in records if r["ppl"] < 40 * fp16)
+            width = 2.5 if label == bold else 1
+            panel.plot([x for x, _ in points], [y for _, y in points], "o-", ms=4, lw=width, label=label, color=colors[label])
         panel.axhline(fp16, color="gray", linestyle=":", label="fp16")
         panel.set(yscale="log", xlabel="bits per weight, scales and offsets included", ylabel="perplexity, WikiText-2 test")
         panel.yaxis.set_major_formatter("{x:.0f}")
@@ -76,9 +79,14 @@ def plot(file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def by_variant(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Records of each variant."""
+    return {name: [r for r in records if r["variant"] == name] for name in dict.fromkeys(r["variant"] for r in records)}
+
+
 def main() -> None:
     write(BEGIN, tables(), END)
-    plot(RESULTS / "perplexity.png")
+    plot(RESULTS / "perplexity.png", read_results(), "variant", by_variant, "alternating")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ run goes on. Then `python scripts/quality_report.py` renews the README's tables 
 """
 
 import argparse
-import datetime
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from measured import environment, measure_rows
+from readme import RESULTS
 
-import lutq
 from lutq.config import QuantConfig, make_config
 from lutq.data import load_text
 from lutq.evaluate import measure
@@ -30,7 +29,6 @@ from lutq.runtime import device_name, resolve_device
 from lutq.source import locate
 from lutq.tokens import load_tokenizer
 
-RESULTS = Path(__file__).parent / "results"
 FEEDBACK = {"method": "feedback", "calib_windows": 64}
 STAGES: dict[str, dict[str, Any]] = {
     "rtn --no-clip": {"method": "rtn", "clip": False},
@@ -41,21 +39,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "feedback": FEEDBACK,
 }
 RECIPES = {4: "best-4bit", 3: "best-3bit", 2: "best-2bit", 2.5: "best-mixed"}
-
-
-def environment(name: str, device: str) -> dict[str, str]:
-    """What the figures depend on, besides the settings of each row."""
-    return {
-        "model": name,
-        "protocol": "raw",
-        "dataset": "WikiText-2 raw test",
-        "dtype": "float32",
-        "device": device_name(resolve_device(device)).split(",")[0],
-        "lutq": lutq.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-    }
 
 
 def figures_of(report: Report) -> dict[str, Any]:
@@ -95,13 +78,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     path, name = locate(arguments.model)
     tokenizer, text = load_tokenizer(path), load_text("wikitext2", "raw")
-    result = environment(name, arguments.device) | {"max_windows": arguments.max_windows, "records": []}
+    settings = environment(name, "raw", device_name(resolve_device(arguments.device)).split(",")[0])
+    settings["max_windows"] = arguments.max_windows
     suffix = f"-first{arguments.max_windows}" if arguments.max_windows else ""
-    file = RESULTS / f"quality-{name}{suffix}.json"
-    if file.exists():
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        if {key: value for key, value in earlier.items() if key not in ("date", "records")}.items() <= result.items():
-            result["records"] = earlier["records"]
 
     def measure_row(row: str, bits: float, group: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -123,13 +102,7 @@ def main() -> None:
         for bits in arguments.bits:
             rows += [(row, int(bits), group) for row in arguments.rows if row != "recipes" and bits == int(bits)]
             rows += [(RECIPES[bits], bits, group)] if "recipes" in arguments.rows else []
-    for row in rows:
-        if row in [(record["row"], record["bits"], record["group"]) for record in result["records"]]:
-            continue
-        result["records"].append(measure_row(*row))
-        print(result["records"][-1], flush=True)
-        RESULTS.mkdir(exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    measure_rows(RESULTS / f"quality-{name}{suffix}.json", settings, rows, "row", measure_row)
 
 
 if __name__ == "__main__":

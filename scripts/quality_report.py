@@ -3,10 +3,9 @@
 python scripts/quality_report.py              # needs matplotlib (extra `test`)
 """
 
-from pathlib import Path
 from typing import Any
 
-from perplexity_report import number
+from perplexity_report import number, plot
 from readme import RESULTS, read, write
 
 BEGIN, END = "<!-- quality: written by scripts/quality_report.py -->", "<!-- end of quality -->"
@@ -47,38 +46,17 @@ def tables() -> str:
     return "\n\n".join(markdown(result) for result in read_results())
 
 
-def plot(file: Path) -> None:
-    """Perplexity against bits per weight, a panel per model, a line per method."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    results = read_results()
-    figure, panels = pyplot.subplots(1, len(results), figsize=(6.4 * len(results), 4.6), squeeze=False)
-    for panel, result in zip(panels[0], results, strict=True):
-        records = [record for record in result["records"] if record["row"] != "fp16"]
-        fp16 = next(record["ppl"] for record in result["records"] if record["row"] == "fp16")
-        names = dict.fromkeys("best-..." if record["row"].startswith("best") else record["row"] for record in records)
-        for name in names:
-            chosen = [r for r in records if r["row"] == name or (name == "best-..." and r["row"].startswith("best"))]
-            points = sorted((r["bits_per_weight"], r["ppl"]) for r in chosen if r["ppl"] < 40 * fp16)
-            width = 2.5 if name == "best-..." else 1
-            panel.plot([x for x, _ in points], [y for _, y in points], "o-", ms=4, lw=width, label=name)
-        panel.axhline(fp16, color="gray", linestyle=":", label="fp16")
-        panel.set(yscale="log", xlabel="bits per weight, scales and offsets included", ylabel="perplexity, WikiText-2 test")
-        panel.yaxis.set_major_formatter("{x:.0f}")
-        panel.yaxis.set_minor_formatter("{x:.0f}")
-        panel.set_title(result["model"])
-        panel.grid(visible=True, which="both", alpha=0.25)
-        panel.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
+def by_row(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Records of each stage, and of the recipes together."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault("best-..." if record["row"].startswith("best") else record["row"], []).append(record)
+    return found
 
 
 def main() -> None:
     write(BEGIN, tables(), END)
-    plot(RESULTS / "quality.png")
+    plot(RESULTS / "quality.png", read_results(), "row", by_row, "best-...")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from lutq.decode.weights import weights_of
 from lutq.errors import LutqError
 from lutq.parallel.ranks import current
 from lutq.parallel.split import check_split
+from lutq.paths import check_folders
 from lutq.runtime import free_memory, out_of_memory, resolve_dtype, size
 from lutq.timing import read_ceiling, require_gpu
 
@@ -284,6 +285,4 @@ def check_settings(engine: str, batches: list[int], replays: int, *files: Path |
             raise LutqError(f"--batch must be 1 or more, and 1 for --engine graph, not {batch}")
     if replays < 100:
         raise LutqError(f"--replays must be 100 or more, not {replays}: the 99th percentile is reported")
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise LutqError(f"no directory {file.parent} for {file.name}: create it first")
+    check_folders(*files)

@@ -6,7 +6,7 @@ are. Linear layers are joined in the same way by rows.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,10 @@ class Packed:
 
     def into(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """See Product. Allocates nothing where K is a multiple of 8 and the weights fit into fp16."""
-        multiply_into(x, self.ready, self.bias, y, self.layer)
+        from lutq.cuda import fits_packed, multiply_dense, multiply_packed
+
+        multiply = multiply_packed if fits_packed(self.ready, self.layer) else multiply_dense
+        multiply(x, self.ready, self.bias, y, self.layer)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See Product."""
@@ -93,16 +96,6 @@ class Module:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See Product."""
         return self.module(x)
-
-
-def multiply_into(x: torch.Tensor, ready: NamedTuple, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> None:
-    """Fill y [M, N], contiguous, from x [M, K], M small, with a layer in kernel order (`lutq.cuda.Prepacked`)."""
-    from lutq.cuda import multiply_dense, multiply_packed
-
-    if ready.wide and layer.grid == "uniform":  # as in lutq.cuda.multiply
-        multiply_dense(x, ready, bias, y, layer)
-    else:
-        multiply_packed(x, ready, bias, y, layer)
 
 
 def product_of(module: torch.nn.Module) -> Product:

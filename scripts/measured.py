@@ -1,0 +1,45 @@
+"""Rows of perplexity figures that go through the whole path, kept in a file of scripts/results, and the plot of them."""
+
+import datetime
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import lutq
+
+
+def environment(name: str, protocol: str, device: str) -> dict[str, Any]:
+    """What the figures of a model depend on, besides the settings of each row; device in words."""
+    return {
+        "model": name,
+        "protocol": protocol,
+        "dataset": "WikiText-2 raw test",
+        "dtype": "float32",
+        "device": device,
+        "lutq": lutq.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+    }
+
+
+def measure_rows(
+    file: Path, settings: dict[str, Any], rows: Iterable[tuple], key: str, measure_row: Callable[..., dict[str, Any]]
+) -> None:
+    """Add a record for each row (name, bits, group) to the file; those it already holds from the same settings are kept."""
+    result = settings | {"records": []}
+    if file.exists():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        if {name: value for name, value in earlier.items() if name not in ("date", "records")}.items() <= result.items():
+            result["records"] = earlier["records"]
+    for row in rows:
+        if row in [(record[key], record["bits"], record["group"]) for record in result["records"]]:
+            continue
+        result["records"].append(measure_row(*row))
+        print(result["records"][-1], flush=True)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
