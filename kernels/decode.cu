@@ -42,17 +42,79 @@ __device__ __forceinline__ void store8(float* p, const float* v) {
   *(float4*)p = *(const float4*)v, *(float4*)(p + 4) = *(const float4*)(v + 4);
 }
 
-// The sum over a block, in every thread and always in the same order. `scratch`: 32 floats that nothing else uses.
-__device__ __forceinline__ float block_sum(float v, float* scratch) {
-  const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+// What a product leaves: rows, or, for one row, sums over slabs of its inputs (lut_gemv.cuh), which whoever reads it adds up in
+// order, and then bias.
+struct Result {
+  const void* data;  // rows [M, N], or fp32 [slabs, N]; or null
+  const void* bias;  // [N], or null; rows have it already
+  int64_t stride;    // numbers between rows, or between slabs
+  int slabs;         // 0: rows
+};
+
+// 8 numbers of the bias, which does not depend on the kernel before.
+__device__ __forceinline__ uint4 load_bias(const Result& from, int n) {
+  return from.bias ? load8(from.bias, n) : make_uint4(0, 0, 0, 0);
+}
+
+// v[i] = 8 numbers of result i, which has sums, or no data. GROUP slabs are on their way at once, for which a kernel needs
+// registers (launch bounds that name one block) and no load may be conditional: what is not wanted is read from one place.
+template <int DTYPE, int N, int GROUP>
+__device__ __forceinline__ void add_slabs(float (&v)[N][8], const Result (&from)[N], const uint4 (&bias)[N], int n) {
 #pragma unroll
-  for (int o = 16; o; o /= 2) v += __shfl_xor_sync(~0u, v, o);
-  if (lane == 0) scratch[threadIdx.x >> 5] = v;
-  __syncthreads();
-  v = lane < warps ? scratch[lane] : 0.f;
+  for (int i = 0; i < N * 8; i++) v[i / 8][i % 8] = 0.f;
+  for (int begin = 0; begin < from[0].slabs; begin += GROUP) {
+    float sums[GROUP * N][8];
+#pragma unroll
+    for (int i = 0; i < GROUP * N; i++) {
+      const Result& r = from[i % N];
+      const int s = begin + i / N;
+      load8(sums[i], r.data && s < r.slabs ? (const float*)r.data + s * r.stride + n : (const float*)from[0].data);
+    }
+#pragma unroll
+    for (int i = 0; i < GROUP * N; i++)
+#pragma unroll
+      for (int j = 0; j < 8; j++) v[i % N][j] += begin + i / N < from[0].slabs ? sums[i][j] : 0.f;
+  }
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    float add[8];
+    unpack<DTYPE>(add, bias[i]);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[i][j] += add[j];
+  }
+}
+
+// The sum over a warp, in every lane and always in the same order.
+__device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int o = 16; o; o /= 2) v += __shfl_xor_sync(~0u, v, o);
   return v;
+}
+
+constexpr int MOST_CLUSTER = 8;
+
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ float load_cluster(const float* p, int rank) {
+#if __CUDA_ARCH__ >= 900
+  float v;
+  asm volatile("{ .reg .u32 at; mapa.shared::cluster.u32 at, %1, %2; ld.shared::cluster.f32 %0, [at]; }"
+               : "=f"(v) : "r"(shared_address(p)), "r"(rank) : "memory");
+  return v;
+#else
+  return *p;
+#endif
+}
+__device__ __forceinline__ void store_cluster(float4* p, int rank, float4 v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .u32 at; mapa.shared::cluster.u32 at, %0, %1; st.shared::cluster.v4.f32 [at], {%2, %3, %4, %5}; }" ::"r"(
+                   shared_address(p)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+#else
+  *p = v;
+#endif
 }
 
 // h[m] = table[token[m]] + learned[position[m]]
@@ -66,7 +128,7 @@ struct Embedding {
   int M, K, dtype;
 };
 
-constexpr int FLAT = 128;  // threads of a block of kernels without sums
+constexpr int FLAT = 128;  // threads of a block of kernels that share nothing
 
 template <int DTYPE> __global__ void __launch_bounds__(FLAT) embedding(const Embedding a) {
   launch_dependents();
@@ -83,76 +145,101 @@ template <int DTYPE> __global__ void __launch_bounds__(FLAT) embedding(const Emb
   store8(a.h + (int64_t)m * a.K + k, v);
 }
 
-// h += y; x = norm(h), RMSNorm or LayerNorm. A block takes a row.
+// h += y; x = norm(h), RMSNorm or LayerNorm. A block takes a row; a cluster does where y is sums, which are many times as long.
 
 struct Norm {
+  Result y;            // [M, K], or nothing
   float* h;            // [M, K]
-  const void* y;       // [M, K], or null
   const void* weight;  // [K]
   const void* bias;    // [K], or null
   void* x;             // [M, K]
-  int M, K, centered, dtype;
+  int M, K, centered, cluster, dtype;
   float eps;
 };
 
-constexpr int NORM_THREADS = 512;
+constexpr int NORM_THREADS = 512, SUMS_THREADS = 256;           // of a block
+constexpr int NORM_WARPS = MOST_CLUSTER * SUMS_THREADS / 32;  // of a cluster
 
-template <int DTYPE, int ITEMS> __global__ void __launch_bounds__(NORM_THREADS) norm(const Norm a) {
-  __shared__ float scratch[2][32];
+template <int DTYPE, int ITEMS, bool SUMS>
+__global__ void __launch_bounds__(SUMS ? SUMS_THREADS : NORM_THREADS, 1) norm(const Norm a) {
+  __shared__ __align__(16) float4 found[NORM_WARPS];  // of every warp of the cluster: how many numbers, their mean, squares
   launch_dependents();
-  const int vectors = a.K / 8;
-  const int64_t row = (int64_t)blockIdx.x * a.K;
-  uint4 weight[ITEMS], bias[ITEMS], y[ITEMS];
+  const int all = a.K / 8, share = SUMS ? (all + a.cluster - 1) / a.cluster : all;
+  const int m = SUMS ? 0 : blockIdx.x, rank = SUMS ? blockIdx.x : 0, end = min((rank + 1) * share, all);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  const int64_t row = (int64_t)m * a.K;
+  uint4 weight[ITEMS], bias[ITEMS], y[ITEMS], y_bias[1] = {make_uint4(0, 0, 0, 0)};
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
-    const int v = threadIdx.x + i * blockDim.x;
+    const int v = rank * share + threadIdx.x + i * blockDim.x;
     weight[i] = bias[i] = make_uint4(0, 0, 0, 0);
-    if (v < vectors) {
+    if (v < end) {
       weight[i] = load8(a.weight, 8 * v);
       if (a.bias) bias[i] = load8(a.bias, 8 * v);
+      if (SUMS) y_bias[0] = load_bias(a.y, 8 * v);
     }
   }
+  if (SUMS && a.cluster > 1) cluster_barrier();  // all its blocks have begun
   wait_previous();
-  float h[ITEMS][8], sum = 0.f, square = 0.f;
+  float h[ITEMS][8], sum = 0.f, square = 0.f, count = 0.f;
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
-    const int v = threadIdx.x + i * blockDim.x;
+    const int v = rank * share + threadIdx.x + i * blockDim.x;
     y[i] = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int j = 0; j < 8; j++) h[i][j] = 0.f;
-    if (v < vectors) {
-      if (a.y) y[i] = load8(a.y, row + 8 * v);
+    if (v < end) {
+      if (!SUMS && a.y.data) y[i] = load8(a.y.data, m * a.y.stride + 8 * v);
       load8(h[i], a.h + row + 8 * v);
     }
   }
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
-    const int v = threadIdx.x + i * blockDim.x;
-    if (a.y) {
-      float add[8];
-      unpack<DTYPE>(add, y[i]);
+    const int v = rank * share + threadIdx.x + i * blockDim.x;
+    if (v >= end) continue;
+    if (a.y.data) {
+      float add[1][8];
+      if (SUMS) add_slabs<DTYPE, 1, 12>(add, {a.y}, y_bias, 8 * v);
+      else unpack<DTYPE>(add[0], y[i]);
 #pragma unroll
-      for (int j = 0; j < 8; j++) h[i][j] += add[j];
-      if (v < vectors) store8(a.h + row + 8 * v, h[i]);
+      for (int j = 0; j < 8; j++) h[i][j] += add[0][j];
     }
+    count += 8.f;
 #pragma unroll
     for (int j = 0; j < 8; j++) sum += h[i][j], square += h[i][j] * h[i][j];
   }
+
+  // of the numbers of a warp, then of all (Chan, Golub, LeVeque 1983): squares are those of differences from the mean
   float mean = 0.f;
+  count = warp_sum(count);
   if (a.centered) {
-    mean = block_sum(sum, scratch[0]) / a.K;
+    mean = warp_sum(sum) / fmaxf(count, 1.f);
     square = 0.f;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++)
-      if (threadIdx.x + i * blockDim.x < vectors)
+      if (rank * share + threadIdx.x + i * blockDim.x < end)
 #pragma unroll
         for (int j = 0; j < 8; j++) square += (h[i][j] - mean) * (h[i][j] - mean);
   }
-  const float factor = rsqrtf(block_sum(square, scratch[1]) / a.K + a.eps);
+  const float4 own = make_float4(count, mean, warp_sum(square), 0.f);
+  if (!SUMS) {
+    if (lane == 0) found[warp] = own;
+  } else if (lane < a.cluster) {
+    store_cluster(found + rank * warps + warp, lane, own);
+  }
+  if (SUMS && a.cluster > 1) cluster_barrier();
+  else __syncthreads();
+  const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
+  const int entries = SUMS ? warps * a.cluster : warps;
+  const float4 one = lane < entries ? found[lane] : zero, two = lane + 32 < entries ? found[lane + 32] : zero;
+  if (a.centered) mean = warp_sum(one.x * one.y + two.x * two.y) / a.K;
+  const auto squares = [&](float4 e) { return e.z + e.x * (e.y - mean) * (e.y - mean); };
+  const float factor = rsqrtf(warp_sum(squares(one) + squares(two)) / a.K + a.eps);
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
-    const int v = threadIdx.x + i * blockDim.x;
-    if (v >= vectors) continue;
+    const int v = rank * share + threadIdx.x + i * blockDim.x;
+    if (v >= end) continue;
+    if (a.y.data) store8(a.h + row + 8 * v, h[i]);  // not earlier: the barrier of a cluster waits for stores
     float w[8], b[8];
     unpack<DTYPE>(w, weight[i]);
     unpack<DTYPE>(b, bias[i]);
@@ -167,10 +254,9 @@ template <int DTYPE, int ITEMS> __global__ void __launch_bounds__(NORM_THREADS) 
 enum Function { RELU = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
 
 struct Activation {
-  const void* gate;  // [M, F], rows `gate_stride` apart
-  const void* up;    // [M, F], rows `up_stride` apart, or null
-  void* y;           // [M, F]
-  int64_t gate_stride, up_stride;
+  Result gate;  // [M, F]
+  Result up;    // [M, F], or nothing
+  void* y;      // [M, F]
   int M, F, function, dtype;
 };
 
@@ -181,17 +267,26 @@ __device__ __forceinline__ float apply(int function, float v) {
   return 0.5f * v * (1.f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
 }
 
-template <int DTYPE> __global__ void __launch_bounds__(FLAT) activation(const Activation a) {
+constexpr int FEW = 32;  // the same where sums are read, which more processors do faster
+
+template <int DTYPE, bool SUMS> __global__ void __launch_bounds__(SUMS ? FEW : FLAT, SUMS ? 1 : 0) activation(const Activation a) {
   launch_dependents();
-  wait_previous();
-  const int vectors = a.F / 8, i = blockIdx.x * FLAT + threadIdx.x, m = i / vectors, f = 8 * (i - m * vectors);
+  const int vectors = a.F / 8, i = blockIdx.x * (SUMS ? FEW : FLAT) + threadIdx.x, m = i / vectors, f = 8 * (i - m * vectors);
   if (m >= a.M) return;
-  float v[8], u[8];
-  unpack<DTYPE>(v, load8(a.gate, m * a.gate_stride + f));
-  if (a.up) unpack<DTYPE>(u, load8(a.up, m * a.up_stride + f));
+  float v[2][8];
+  if (SUMS) {
+    const Result from[2] = {a.gate, a.up};
+    const uint4 bias[2] = {load_bias(a.gate, f), load_bias(a.up, f)};
+    wait_previous();
+    add_slabs<DTYPE, 2, 4>(v, from, bias, f);
+  } else {
+    wait_previous();
+    unpack<DTYPE>(v[0], load8(a.gate.data, m * a.gate.stride + f));
+    if (a.up.data) unpack<DTYPE>(v[1], load8(a.up.data, m * a.up.stride + f));
+  }
 #pragma unroll
-  for (int j = 0; j < 8; j++) v[j] = a.up ? apply(a.function, v[j]) * u[j] : apply(a.function, v[j]);
-  *(uint4*)((uint16_t*)a.y + (int64_t)m * a.F + f) = pack<DTYPE>(v);
+  for (int j = 0; j < 8; j++) v[0][j] = a.up.data ? apply(a.function, v[0][j]) * v[1][j] : apply(a.function, v[0][j]);
+  *(uint4*)((uint16_t*)a.y + (int64_t)m * a.F + f) = pack<DTYPE>(v[0]);
 }
 
 // token[m] = the first of the largest logits[m]; position[m] goes on, up to `last`
@@ -251,20 +346,19 @@ template <int DTYPE> __global__ void __launch_bounds__(CHOICE_THREADS) choice(co
 // largest score of rows of their own until the end: a lane group is one more level of splitting.
 
 struct Attention {
-  const void *q, *k, *v;    // of the new tokens: [M][heads][D], [M][kv_heads][D] twice, rows `*_stride` apart
+  Result q, k, v;           // of the new tokens: [M][heads][D], [M][kv_heads][D] twice
   void *keys, *values;      // [M][kv_heads][capacity][D]
   void* y;                  // [M][heads][D]
   const float *cosine, *sine;  // [capacity][D / 2], or null for no rotation
   const int64_t* position;  // [M]: place of the new token
   float* partial;           // [units][spread][3][R * D], where spread > 1
   unsigned* arrived;        // [units][cluster], 0 between launches
-  int64_t q_stride, k_stride, v_stride;
   int M, heads, kv_heads, D, capacity, rows, cluster, spread, dtype;
   int ahead;    // whether position and the cache were complete before the graph that this launch is in
   float scale;  // of q k^T, times log2(e)
 };
 
-constexpr int WARPS = 4, MOST_CLUSTER = 8;
+constexpr int WARPS = 4;
 
 // v[i] summed over LANES lanes. Of N sums lane l keeps those from l N / LANES on, at least one.
 template <int N, int LANES> __device__ __forceinline__ void sum_scores(float* v, int lane) {
@@ -289,22 +383,6 @@ template <int N, int LANES> __device__ __forceinline__ void sum_scores(float* v,
 // 2^(v - m) where m may be -infinity, the maximum of nothing
 __device__ __forceinline__ float weight_of(float v, float m) { return exp2f(v - (m == -INFINITY ? 0.f : m)); }
 
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ float load_cluster(const float* p, int rank) {
-#if __CUDA_ARCH__ >= 900
-  float v;
-  asm volatile("{ .reg .u32 at; mapa.shared::cluster.u32 at, %1, %2; ld.shared::cluster.f32 %0, [at]; }"
-               : "=f"(v) : "r"(shared_address(p)), "r"(rank) : "memory");
-  return v;
-#else
-  return *p;
-#endif
-}
-
 template <int DTYPE, int LANES, int R> __global__ void __launch_bounds__(WARPS * 32) attention(const Attention a) {
   constexpr int PADDED = R == 3 ? 4 : R, ROWS = R <= 2 ? 8 : 4, N = PADDED * ROWS;
   constexpr int KEEP = N > LANES ? N / LANES : 1, COPIES = N < LANES ? LANES / N : 1;  // scores of a lane, lanes of a score
@@ -312,6 +390,7 @@ template <int DTYPE, int LANES, int R> __global__ void __launch_bounds__(WARPS *
   __shared__ __align__(16) float sums[WARPS][R][LANES * 8];
   __shared__ float largest[WARPS][R], total[WARPS][R];
   __shared__ float own_sums[R * LANES * 8], own_largest[R], own_total[R];
+  __shared__ __align__(16) float fresh[R + 2][LANES * 8];  // q, then k and v of the new token
   const int warp = threadIdx.x >> 5, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
   const int splits = a.cluster * a.spread, split = blockIdx.x % splits, unit = blockIdx.x / splits;
   const int rank = split % a.cluster, per_kv = a.heads / a.kv_heads / R;
@@ -349,28 +428,41 @@ template <int DTYPE, int LANES, int R> __global__ void __launch_bounds__(WARPS *
 #pragma unroll
     for (int j = 0; j < 8; j++) sine[j] = at < half ? -sine[j] : sine[j];
   }
-  if (a.ahead) wait_previous();
 
-  const auto rotated = [&](float* out, const void* p, int64_t row) {  // zeros in idle lanes
+  // a lane group reads one of q, k and v, for all
+  const bool newest = position >= begin && position < end, reads = used && group < (newest ? R + 2 : R);
+  const Result from[1] = {group < R ? a.q : group == R ? a.k : a.v};
+  const int column = (group < R ? head + group : kv_head) * a.D + at;
+  const uint4 bias[1] = {reads ? load_bias(from[0], column) : make_uint4(0, 0, 0, 0)};
+  if (a.ahead) wait_previous();
+  if (reads) {
+    float v[1][8];
+    if (from[0].slabs) add_slabs<DTYPE, 1, 4>(v, from, bias, column);
+    else unpack<DTYPE>(v[0], load8(from[0].data, m * from[0].stride + column));
+    store8(&fresh[group][at], v[0]);
+  }
+  __syncthreads();
+  const auto rotated = [&](float* out, int row) {  // zeros in idle lanes
     float v[8], w[8];
-    const uint4 zero = make_uint4(0, 0, 0, 0);
-    unpack<DTYPE>(v, used ? load8(p, row + at) : zero);
-    unpack<DTYPE>(w, used && a.cosine ? load8(p, row + other) : zero);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = w[j] = 0.f;
+    if (used) load8(v, &fresh[row][at]);
+    if (used && a.cosine) load8(w, &fresh[row][other]);
 #pragma unroll
     for (int j = 0; j < 8; j++) out[j] = v[j] * cosine[j] + w[j] * sine[j];
   };
   float q[R][8];
 #pragma unroll
   for (int r = 0; r < R; r++) {
-    rotated(q[r], a.q, m * a.q_stride + (head + r) * a.D);
+    rotated(q[r], r);
 #pragma unroll
     for (int j = 0; j < 8; j++) q[r][j] *= a.scale;
   }
   uint4 new_key = make_uint4(0, 0, 0, 0), new_value = new_key;
-  if (position >= begin && position < end && (position - begin) % GROUPS == group && used) {
+  if (newest && (position - begin) % GROUPS == group && used) {
     float v[8];
-    rotated(v, a.k, m * a.k_stride + kv_head * a.D);
-    new_key = pack<DTYPE>(v), new_value = load8(a.v, m * a.v_stride + kv_head * a.D + at);
+    rotated(v, R);
+    new_key = pack<DTYPE>(v), new_value = pack<DTYPE>(fresh[R + 1] + at);
     if (part == 0) {
       *(uint4*)((uint16_t*)a.keys + cache + (int64_t)position * a.D) = new_key;
       *(uint4*)((uint16_t*)a.values + cache + (int64_t)position * a.D) = new_value;
@@ -526,15 +618,27 @@ template <int DTYPE, int LANES> int launch_attention(const Attention& a, cudaStr
 }
 
 template <int DTYPE> int launch_norm(const Norm& a, cudaStream_t stream) {
-  const int vectors = a.K / 8, items = (vectors + NORM_THREADS - 1) / NORM_THREADS;
+  const int vectors = (a.K / 8 + a.cluster - 1) / a.cluster, items = (vectors + NORM_THREADS - 1) / NORM_THREADS;
   const int threads = ((vectors + items - 1) / items + 31) / 32 * 32;
-  if (items == 1) return launch_kernel(norm<DTYPE, 1>, a.M, 1, threads, 0, stream, a);
-  if (items == 2) return launch_kernel(norm<DTYPE, 2>, a.M, 1, threads, 0, stream, a);
-  if (items == 3) return launch_kernel(norm<DTYPE, 3>, a.M, 1, threads, 0, stream, a);
-  return launch_kernel(norm<DTYPE, 4>, a.M, 1, threads, 0, stream, a);
+  if (a.y.slabs) {
+    if (items > 1 || threads > SUMS_THREADS) return cudaErrorInvalidValue;
+    return launch_kernel(norm<DTYPE, 1, true>, a.cluster, a.cluster, threads, 0, stream, a);
+  }
+  if (items == 1) return launch_kernel(norm<DTYPE, 1, false>, a.M, 1, threads, 0, stream, a);
+  if (items == 2) return launch_kernel(norm<DTYPE, 2, false>, a.M, 1, threads, 0, stream, a);
+  if (items == 3) return launch_kernel(norm<DTYPE, 3, false>, a.M, 1, threads, 0, stream, a);
+  return launch_kernel(norm<DTYPE, 4, false>, a.M, 1, threads, 0, stream, a);
 }
 
-int flat_blocks(int64_t numbers) { return (int)((numbers / 8 + FLAT - 1) / FLAT); }
+bool allowed(const Result& from, int M) { return from.stride % (from.slabs ? 4 : 8) == 0 && (from.slabs == 0 || M == 1); }
+
+int flat_blocks(int64_t numbers, int threads) { return (int)((numbers / 8 + threads - 1) / threads); }
+
+template <int DTYPE> int launch_activation(const Activation& a, cudaStream_t stream) {
+  const int64_t numbers = (int64_t)a.M * a.F;
+  if (a.gate.slabs) return launch_kernel(activation<DTYPE, true>, flat_blocks(numbers, FEW), 1, FEW, 0, stream, a);
+  return launch_kernel(activation<DTYPE, false>, flat_blocks(numbers, FLAT), 1, FLAT, 0, stream, a);
+}
 
 }  // namespace decode
 using namespace decode;
@@ -542,21 +646,24 @@ using namespace decode;
 // K % 8 == 0
 extern "C" int lutq_embedding(const Embedding* a, cudaStream_t stream) {
   if (a->K % 8) return cudaErrorInvalidValue;
-  const int blocks = flat_blocks((int64_t)a->M * a->K);
+  const int blocks = flat_blocks((int64_t)a->M * a->K, FLAT);
   return launch_kernel(a->dtype == F16 ? embedding<F16> : embedding<BF16>, blocks, 1, FLAT, 0, stream, *a);
 }
 
-// K % 8 == 0, K <= 16384
+// Strides of results are multiples of 16 bytes, and where there are slabs M == 1.
+
+// K % 8 == 0, K <= 16384; cluster: for rows 1, for sums a power of two up to 8, at least K / 2048
 extern "C" int lutq_norm(const Norm* a, cudaStream_t stream) {
-  if (a->K % 8 || a->K > 4 * 8 * NORM_THREADS) return cudaErrorInvalidValue;
+  if (a->K % 8 || a->K > 4 * 8 * NORM_THREADS || !allowed(a->y, a->M)) return cudaErrorInvalidValue;
+  if (a->cluster < 1 || a->cluster > (a->y.slabs ? MOST_CLUSTER : 1)) return cudaErrorInvalidValue;
   return a->dtype == F16 ? launch_norm<F16>(*a, stream) : launch_norm<BF16>(*a, stream);
 }
 
-// F % 8 == 0, and so are the strides
+// F % 8 == 0; gate and up have as many slabs
 extern "C" int lutq_activation(const Activation* a, cudaStream_t stream) {
-  if (a->F % 8 || a->gate_stride % 8 || a->up_stride % 8) return cudaErrorInvalidValue;
-  const int blocks = flat_blocks((int64_t)a->M * a->F);
-  return launch_kernel(a->dtype == F16 ? activation<F16> : activation<BF16>, blocks, 1, FLAT, 0, stream, *a);
+  if (a->F % 8 || !allowed(a->gate, a->M) || !allowed(a->up, a->M)) return cudaErrorInvalidValue;
+  if (a->up.data && a->up.slabs != a->gate.slabs) return cudaErrorInvalidValue;
+  return a->dtype == F16 ? launch_activation<F16>(*a, stream) : launch_activation<BF16>(*a, stream);
 }
 
 extern "C" int lutq_choice(const Choice* a, cudaStream_t stream) {
@@ -566,7 +673,8 @@ extern "C" int lutq_choice(const Choice* a, cudaStream_t stream) {
 // D % 16 == 0, D <= 128; rows (R): 1 to 4, a divisor of heads / kv_heads; cluster: a power of two up to 8, 1 below sm_90
 extern "C" int lutq_attention(const Attention* a, cudaStream_t stream) {
   if (a->D % 16 || a->D > 128 || a->rows < 1 || a->rows > 4 || a->heads / a->kv_heads % a->rows) return cudaErrorInvalidValue;
-  if (a->cluster < 1 || a->cluster > MOST_CLUSTER || a->q_stride % 8 || a->k_stride % 8 || a->v_stride % 8) return cudaErrorInvalidValue;
+  if (a->cluster < 1 || a->cluster > MOST_CLUSTER) return cudaErrorInvalidValue;
+  if (!allowed(a->q, a->M) || !allowed(a->k, a->M) || !allowed(a->v, a->M)) return cudaErrorInvalidValue;
   if (a->D <= 64) return a->dtype == F16 ? launch_attention<F16, 8>(*a, stream) : launch_attention<BF16, 8>(*a, stream);
   return a->dtype == F16 ? launch_attention<F16, 16>(*a, stream) : launch_attention<BF16, 16>(*a, stream);
 }

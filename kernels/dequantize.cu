@@ -19,13 +19,13 @@ __global__ void __launch_bounds__(WARPS * 32) dequantize(const Linear a, const S
   const int tile = first + (int)(item / halves), block = item % halves;
   if (tile >= last) return;
   constexpr int PAIRS = BITS / 2;
-  const unsigned char* codes = a.codes + (place_of(tile, block / 2, shape.units) * 2 + block % 2) * (BITS * (PLANE_BYTES / 2));
+  const unsigned char* codes = a.codes + place_of(tile, block / 2, shape.units) * (BITS * PLANE_BYTES);
   const unsigned char* records = a.records + place_of(tile, 0, shape.groups) * shape.record;
   uint4 pairs[PAIRS ? PAIRS : 1];
   uint2 single = make_uint2(0, 0);
 #pragma unroll
-  for (int i = 0; i < PAIRS; i++) pairs[i] = *(const uint4*)(codes + i * 512 + lane * 16);
-  if (BITS & 1) single = *(const uint2*)(codes + PAIRS * 512 + lane * 8);
+  for (int i = 0; i < PAIRS; i++) pairs[i] = *(const uint4*)(codes + pair_at(BITS, r, q, block % 2) + i * (2 * ROW_BYTES));
+  if (BITS & 1) single = *(const uint2*)(codes + lone_at(BITS, r, q, block % 2));
 #pragma unroll
   for (int w = 0; w < 4; w++) {
     const int k = block * 128 + w * 32;

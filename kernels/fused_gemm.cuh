@@ -17,6 +17,7 @@
 // The order is slab, n_groups panels, k_groups items, panel. The sums of a panel rest in shared memory between slabs. In the end
 // they are added over k_groups and then over the cluster, always in the same order.
 #pragma once
+#include "bulk.cuh"
 #include "launch.cuh"
 #include "layout.cuh"
 
@@ -45,19 +46,6 @@ struct Sizes {  // derived on the host; bytes where nothing else is said
   int stage, scales, slot;                         // a slot has the inputs of a slab, then their scales
 };
 
-__device__ __forceinline__ void init_barrier(uint32_t at, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
-}
-__device__ __forceinline__ void arrive(uint32_t at) {
-  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-}
-__device__ __forceinline__ void expect(uint32_t at, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void await(uint32_t at, int parity) {
-  asm volatile("{ .reg .pred done;\nAGAIN: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra AGAIN; }" ::"r"(at), "r"(parity) : "memory");
-}
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
                "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
@@ -215,8 +203,9 @@ template <int BITS, int GRID, int H> struct Weights {
     uint4 pairs[PAIRS ? PAIRS : 1];
     uint2 single = make_uint2(0, 0);
 #pragma unroll
-    for (int i = 0; i < PAIRS; i++) pairs[i] = load_shared4(codes + i * 512);
-    if (BITS & 1) single = load_shared2(codes + PAIRS * 512 - lane * 8);
+    for (int i = 0; i < PAIRS; i++) pairs[i] = load_shared4(codes + i * (2 * ROW_BYTES));
+    const int odd = lane >> 2 & 1;  // row r: its pair has changed blocks over
+    if (BITS & 1) single = load_shared2((codes ^ odd * 64) + (BITS - 1) * ROW_BYTES - odd * (ROW_BYTES - 8));
     if constexpr (by_number(BITS, GRID)) by_numbers(layer, pairs, records, lane);
     else by_levels(layer, pairs, single, records, lane);
   }
@@ -355,14 +344,14 @@ template <int BITS, int GRID, int H> struct Weights {
 template <int BITS, int H> struct Walk {
   uint32_t codes, records[BLOCK / H];
   __device__ __forceinline__ Walk(const Linear& a, const Sizes& z, int unit, uint32_t codes, uint32_t record)
-      : codes(codes - (BITS * 4 * PLANE_BYTES - BITS * PLANE_BYTES / 2)),
+      : codes((codes ^ 64) - BITS * 4 * PLANE_BYTES),
         record(record),
         left(per(a) - (unsigned)(unit * (UNIT / H)) % per(a)),
         second(true) {}
 
   __device__ __forceinline__ void next(const Linear& a, const Sizes& z) {
     second = !second;
-    codes += second ? BITS * PLANE_BYTES / 2 : BITS * 4 * PLANE_BYTES - BITS * PLANE_BYTES / 2;
+    codes = (codes ^ 64) + (second ? 0 : BITS * 4 * PLANE_BYTES);
 #pragma unroll
     for (int p = 0; p < BLOCK / H; p++) {
       records[p] = record;
@@ -474,7 +463,7 @@ __global__ void __launch_bounds__((most_groups(N) + 1) * GROUP_THREADS, 1)
     const int tile = warp & 3, r = lane >> 2, q = lane & 3;
     // K-major without swizzle: 8 inputs of 8 rows of x are 128 bytes, the next 8 inputs begin N rows of 16 bytes on
     constexpr uint32_t FORM = 8, ALONG = N << 16, STEP = 2 * N;  // STEP: from product to product, in 16 bytes
-    const uint32_t own_codes = opaque(tile * (BITS * PLANE_BYTES) + lane * 16), own_record = opaque(tile * z.record + r * 4);
+    const uint32_t own_codes = opaque(tile * (BITS * PLANE_BYTES) + pair_at(BITS, r, q, 0)), own_record = opaque(tile * z.record + r * 4);
     int slot = 0, slot_parity = 0, item = 0;
     for (int slab = begin; slab < end; slab += units) {
       const uint32_t at = slots + slot * z.slot;

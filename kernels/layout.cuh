@@ -3,15 +3,16 @@
 // A tile is 16 rows, a panel 4 tiles, a unit 256 inputs. P = ceil(N/64) panels, U = ceil(K/256) units, groups of g inputs
 // (g % 32 == 0), G = ceil(256 U/g) of them: they cover whole units.
 //
-//   codes    bytes [P][U][4 tiles][2][b * 256]: of 128 inputs, planes in pairs (0,1), (2,3): 512 bytes, 32 lanes x 4 words; a
-//            last odd plane alone: 256 bytes, 32 lanes x 2 words. A word is 8 nibbles, and a nibble two 2-bit indices, each
-//            the signs of two inputs, 2 p in the low bit and 2 p + 1 in the high one. Lane 4 r + q, half h of a word: row
-//            r + 8 h of the tile, 8 of 16 inputs:
+//   codes    bytes [P][U][4 tiles][4 fours][b planes][2 blocks of 128 inputs][4 q][16 bytes]. A four is rows r, r + 1, r + 8, r + 9
+//            of the tile, r even. Planes go in pairs (0,1), (2,3), the 128 bytes of the first plane's place for row r, those of the
+//            second for row r + 1, with its two blocks changed over (no bank conflicts); 16 bytes are 4 words. A last odd plane
+//            alone: 2 rows r of 2 words. A word is 8 nibbles, and a nibble two 2-bit indices, each the signs of two inputs, 2 p in
+//            the low bit and 2 p + 1 in the high one. Half h of a word: row r + 8 h, 8 of 16 inputs:
 //            nibble j of half h: pair p = 4 (j % 2) + 2 (q % 2) + j / 2 of the 16 inputs 32 w + 16 (q / 2) + (0..15).
 //              pair of planes, word w: low index of the first plane, high index of the second, w as above
 //              single plane, word v:   low index of w = 2 v, high index of w = 2 v + 1
-//            This is where the sparse tensor core (m16n8k32, fp16) looks for its indices; see lut_gemm.cuh. The four planes of
-//            a uniform grid are stored in the order 2, 0, 3, 1 (plane 0 weighs most): in a pair one weighs 4 times the other.
+//            This is where lane 4 r + q of the sparse tensor core (m16n8k32, fp16) looks for its indices; see lut_gemm.cuh. The four
+//            planes of a uniform grid are stored in the order 2, 0, 3, 1 (plane 0 weighs most): in a pair one weighs 4 times the other.
 //   records  bytes [P][G][4 tiles][...], of one tile and group, scales of planes in the order of the codes:
 //            bcq       per pair of planes 8 r x {scales of row r; of row r + 8} (64 bytes);
 //                      per single plane, then per offset: 8 r x {row r, row r + 8} (32 bytes each)
@@ -25,7 +26,7 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
-constexpr int TILE = 16, PANEL = 64, UNIT = 256, PLANE_BYTES = TILE * UNIT / 8;
+constexpr int TILE = 16, PANEL = 64, UNIT = 256, PLANE_BYTES = TILE * UNIT / 8, ROW_BYTES = 128;
 
 enum Grid { BCQ = 0, UNIFORM = 1 };
 enum Dtype { F16 = 0, BF16 = 1, F32 = 2 };
@@ -56,6 +57,14 @@ struct Shape {  // derived once, on the host
 // Index of a tile's unit `i` of `count` in codes [P][U][4], or of its group in records [P][G][4].
 __device__ __forceinline__ int64_t place_of(unsigned tile, unsigned i, unsigned count) {
   return ((int64_t)(tile / 4) * count + i) * 4 + tile % 4;
+}
+
+// Where lane 4 r + q finds its codes of a tile and block, of the first pair of planes (the next is 2 ROW_BYTES on); of a lone plane.
+__device__ __forceinline__ int pair_at(int bits, int r, int q, int block) {
+  return (r / 2 * bits + r % 2) * ROW_BYTES + (block ^ r % 2) * 64 + q * 16;
+}
+__device__ __forceinline__ int lone_at(int bits, int r, int q, int block) {
+  return (r / 2 * bits + bits - 1) * ROW_BYTES + block * 64 + q * 16 + r % 2 * 8;
 }
 
 // What a bit of the j-th stored plane of a uniform grid weighs, in steps.
@@ -107,6 +116,9 @@ __device__ __forceinline__ uint32_t as_word(half2 pair) { return *(const uint32_
 // 16 bytes, past L1: weights are read once.
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+template <int BYTES> __device__ __forceinline__ void copy_few(uint32_t shared, const void* global) {  // 4 or 8
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(BYTES) : "memory");
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>

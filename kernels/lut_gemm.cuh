@@ -107,10 +107,10 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) lut_gemm(const Linear a, const
           uint2 single[2];
 #pragma unroll
           for (int z = 0; z < 2; z++) {
-            const uint32_t codes = stage + z * Items::CODES + block * (Items::CODES / 2) + p.lane * 16;
+            const uint32_t codes = stage + z * Items::CODES;
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++) pairs[z][i] = load_shared4(codes + i * 512);
-            if (BITS & 1) single[z] = load_shared2(codes + PAIRS * 512 - p.lane * 8);
+            for (int i = 0; i < PAIRS; i++) pairs[z][i] = load_shared4(codes + pair_at(BITS, r, q, block) + i * (2 * ROW_BYTES));
+            if (BITS & 1) single[z] = load_shared2(codes + lone_at(BITS, r, q, block));
           }
 #pragma unroll
           for (int of_block = 0; of_block < PIECES / 2; of_block++) {

@@ -2,6 +2,8 @@
 
 Which kernel runs is decided here, by M (rows of x) and dtype:
 
+    M = 1                   lut_gemv with tables in shared memory, for large layers of 3 or 4 bits in groups of multiples of 64 on
+                            GPUs that have 227 KB of it and clusters: relative error below 2e-6.
     M <= 4                  lut_gemm with split tables on the sparse tensor cores: relative error below 2e-6
     M <= 8                  lut_gemm with rounded tables: below 5e-4
     M <= rows_limit         on GPUs of compute capability 9.0 fused_gemm, which rounds weights to fp16, 64 rows at a time: below
@@ -19,6 +21,7 @@ row's result does not depend on the other rows: it is the same bits at every M o
 import ctypes
 import functools
 import json
+import math
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
@@ -32,7 +35,7 @@ from lutq.config import LayerConfig
 from lutq.errors import LutqError
 from lutq.pack import Packed, dequantize, packed_shapes
 from lutq.paths import shipped
-from lutq.prepack import PANEL, TILE, UNIT, pack_codes, pack_records, panels, units
+from lutq.prepack import PANEL, SLAB, TILE, UNIT, pack_codes, pack_records, panels, units
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 GRIDS = {"bcq": 0, "uniform": 1}
@@ -56,7 +59,7 @@ class Arguments(ctypes.Structure):
 
 
 class Prepacked(NamedTuple):
-    """A layer in kernel order. codes int32 [P, U, 4, 128 b], records uint8 [P, G', 4, bytes]; wide: too much for fp16."""
+    """A layer in kernel order. codes int32 [P, U, 4, 128 b], records uint8 [P, bytes]; wide: too much for fp16."""
 
     codes: torch.Tensor
     records: torch.Tensor
@@ -97,22 +100,32 @@ def kernels(device: torch.device) -> ctypes.CDLL:
 
 
 def check(found: ctypes.CDLL, device: torch.device) -> None:
-    """Raise LutqError unless the GPU's sparse tensor cores look up any index, which the CUDA manual does not promise."""
+    """Raise LutqError unless a row of x is right by every kernel for one.
+
+    That sparse tensor cores look up any index is promised nowhere, nor where a kernel's shared memory begins.
+    """
     generator = torch.Generator().manual_seed(0)
-    layer = LayerConfig(3, 32, "bcq", True)
-    shapes = packed_shapes(64, 544, layer)
+    layer, K = LayerConfig(3, 64, "bcq", True), 1120
+    shapes = packed_shapes(64, K, layer)
     codes = torch.randint(-(2**31), 2**31, shapes["codes"][0], generator=generator).to(torch.int32)
     scales, offsets = (torch.rand(shapes[name][0], generator=generator).half() for name in ("scales", "offsets"))
     packed = Packed(*(tensor.to(device) for tensor in (codes, scales, offsets)))
-    x = torch.randn(1, 544, generator=generator).half().to(device)
+    x = torch.randn(1, K, generator=generator).half().to(device)
     y = torch.empty(1, 64, device=device)
-    ready = prepack(packed, layer)
-    run_lut(found, arguments(x, ready, None, y, layer), ONE, properties(device))
-    wanted = x.double() @ dequantize(*packed, layer.group, layer.grid, 544, torch.float64).T
-    difference = ((y.double() - wanted).norm() / wanted.norm()).item()
-    if not difference < 1e-5:
-        name = torch.cuda.get_device_name(device)
-        raise LutqError(f"the CUDA kernels give wrong results on {name} (off by {difference:.1e}): use --backend reference")
+    ready, gpu = prepack(packed, layer), properties(device)
+    a = arguments(x, ready, None, y, layer)
+    wanted = x.double() @ dequantize(*packed, layer.group, layer.grid, K, torch.float64).T
+    ways = [lambda: run_lut(found, a, ONE, gpu)]
+    if takes_gemv(layer, gpu):
+        ways.append(lambda: run_gemv(found, a, GemvPlan(2, 2)))
+    for run in ways:
+        y.fill_(math.nan)
+        run()
+        difference = ((y.double() - wanted).norm() / wanted.norm()).item()
+        if not difference < 1e-5:
+            raise LutqError(
+                f"the CUDA kernels give wrong results on {gpu.name} (off by {difference:.1e}): use --backend reference"
+            )
 
 
 class Gpu(NamedTuple):
@@ -178,6 +191,54 @@ def plan(N: int, K: int, mode: int, bits: int, group: int, gpu: Gpu) -> Plan:
     if best is None:
         raise LutqError(f"{gpu.name} has too little shared memory for {bits} bits in groups of {group}: use --backend reference")
     return best[1]
+
+
+class GemvPlan(NamedTuple):
+    """How lut_gemv is launched: blocks, of which `split` share the inputs of the same rows."""
+
+    blocks: int
+    split: int
+
+
+GEMV_SHARED = 227 * 1024  # bytes of shared memory that there must be
+GEMV_WARPS, TABLE_BYTES = 16, 1 << 17  # of kernels/lut_gemv.cuh
+# Measured on an H200. Bits from which on, and weights of a layer above and, by bits, below which lut_gemv beats lut_gemm
+GEMV_BITS, GEMV_LEAST, GEMV_MOST = 3, 1 << 24, {4: 1 << 27}
+CLUSTERED = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.85}  # blocks of a cluster -> part of the processors that run such clusters at once
+TABLES_US, ROUND_US = 1.3, {1: 0.6, 2: 0.9, 3: 1.2, 4: 1.44}  # of a slab; of half a tile of every warp, by bits
+
+
+def takes_gemv(layer: LayerConfig, gpu: Gpu) -> bool:
+    """Whether lut_gemv runs on a GPU and takes a layer."""
+    return gpu.clusters and gpu.shared >= GEMV_SHARED and layer.group % 64 == 0
+
+
+def slabs(K: int) -> int:
+    """Slabs of 1024 inputs."""
+    return ceil(units(K) / SLAB)
+
+
+@functools.lru_cache(4096)
+def gemv_plan(N: int, K: int, layer: LayerConfig, gpu: Gpu) -> GemvPlan | None:
+    """The launch of lut_gemv with the least estimated time; None where lut_gemm is faster or alone takes the layer."""
+    pays = layer.bits >= GEMV_BITS and GEMV_LEAST < N * K < GEMV_MOST.get(layer.bits, math.inf)
+    if not (takes_gemv(layer, gpu) and pays):
+        return None
+    halves, parts = 2 * ceil(N / TILE), slabs(K)
+    record = layer.bits // 2 * 128 + layer.bits % 2 * 64 if layer.grid == "bcq" else 64
+    record += layer.offsets * (64 if layer.grid == "bcq" else 32)
+    copied = 2 * layer.bits * 512 + 2 * (1 if layer.group % 128 == 0 else 2) * record  # bytes on their way to a warp
+    best: tuple[float, GemvPlan] | None = None
+    for split, part in CLUSTERED.items():
+        clusters = min(halves, max(1, int(gpu.processors * part) // split))
+        most = ceil(halves / clusters)
+        sums = 32 * (most + (split * ceil(most / split) if split > 1 else 0))
+        if split > parts or TABLE_BYTES + GEMV_WARPS * copied + 16 + sums > gpu.shared:
+            continue
+        cost = ceil(parts / split) * (TABLES_US + ceil(most / GEMV_WARPS) * ROUND_US[layer.bits])
+        if best is None or cost < best[0]:
+            best = cost, GemvPlan(clusters * split, split)
+    return best and best[1]
 
 
 class FusedPlan(ctypes.Structure):
@@ -266,6 +327,12 @@ def run_lut(found: ctypes.CDLL, a: Arguments, mode: int, gpu: Gpu) -> None:
     start(getattr(found, f"lutq_lut_gemm_{a.bits}bit"), a, mode, *plan(a.N, a.K, mode, a.bits, a.group, gpu))
 
 
+def run_gemv(found: ctypes.CDLL, a: Arguments, how: GemvPlan, partial: torch.Tensor | None = None) -> None:
+    """Launch lut_gemv on the current stream. With `partial` it leaves sums there and y as it is."""
+    sums = ctypes.c_void_p(None if partial is None else partial.data_ptr())
+    start(getattr(found, f"lutq_lut_gemv_{a.bits}bit"), a, sums, *how)
+
+
 def run_fused(found: ctypes.CDLL, a: Arguments, rows: int, layer: LayerConfig, gpu: Gpu) -> None:
     """Launch fused_gemm in a mode on the current stream."""
     start(getattr(found, f"lutq_fused_gemm_{a.bits}bit"), a, rows, ctypes.byref(fused_plan(a.N, a.K, rows, layer, gpu)))
@@ -337,7 +404,7 @@ def lut_mode(x: torch.Tensor) -> int:
 
 
 def multiply_packed(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> None:
-    """Fill y [M, N], contiguous, by lut_gemm or fused_gemm on the current device, as many rows at a time as its mode takes."""
+    """Fill y [M, N], contiguous, by lut_gemv, lut_gemm or fused_gemm on the current device, as many rows at a time as fit."""
     found, gpu, mode, x = kernels(x.device), properties(x.device), lut_mode(x), aligned(x)
     fused = x.shape[0] > EIGHT and fits_fused(mode, ready, gpu)
     if fused:
@@ -345,10 +412,25 @@ def multiply_packed(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None
     for begin in range(0, x.shape[0], mode):
         part = slice(begin, begin + mode)
         a = arguments(x[part], ready, bias, y[part], layer)
+        how = gemv_plan(a.N, a.K, layer, gpu) if mode == ONE else None
         if fused:
             run_fused(found, a, mode, layer, gpu)
+        elif how:
+            run_gemv(found, a, how)
         else:
             run_lut(found, a, mode, gpu)
+
+
+def sum_parts(ready: Prepacked, K: int, layer: LayerConfig, gpu: Gpu) -> int:
+    """Sums of an output that `multiply_sums` leaves, one for every slab of inputs; 0 where it does not take the layer."""
+    return slabs(K) if takes_gemv(layer, gpu) and fits_packed(ready, layer) else 0
+
+
+def multiply_sums(x: torch.Tensor, ready: Prepacked, partial: torch.Tensor, N: int, layer: LayerConfig) -> None:
+    """Fill partial fp32 [sum_parts, N rounded up to 16] on the current stream: for x [1, K], y = their sum in order + bias."""
+    x, gpu = aligned(x), properties(x.device)
+    a = arguments(x, ready, None, partial[:1, :N], layer)
+    run_gemv(kernels(x.device), a, GemvPlan(min(gpu.processors, 2 * ceil(N / TILE) * slabs(a.K)), 1), partial)
 
 
 def multiply_dense(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> None:

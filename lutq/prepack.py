@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lutq.config import LayerConfig
 from lutq.pack import Packed, packed_shapes, words
 
-TILE, PANEL, UNIT = 16, 64, 256
+TILE, PANEL, UNIT, SLAB = 16, 64, 256, 4  # rows, rows, inputs, units
 CHUNK = 1 << 23  # bytes of codes reordered at a time, or a panel; about 40 times as much memory is used meanwhile
 
 
@@ -64,25 +64,30 @@ def pack_codes(codes: torch.Tensor, grid: str) -> torch.Tensor:
     """Int32 [b, N, words] -> int32 [P, U, 4, 128 b]."""
     bits, N, width = codes.shape
     P, U, planes = panels(N), units(32 * width), plane_order(bits, grid)
-    out = torch.empty(P, U, 4, 2, 64 * bits, dtype=torch.int32, device=codes.device)
+    out = torch.empty(P, U, 4, 4, bits, 2, 16, dtype=torch.int32, device=codes.device)
     for part in chunks(P, bits * PANEL * U * UNIT // 8):
         rows = codes[:, part.start * PANEL : part.stop * PANEL]
         count = 4 * (part.stop - part.start)
         padded = F.pad(rows, (0, 8 * U - width, 0, count * TILE - rows.shape[1])).contiguous().view(torch.uint8)
 
-        def put(made: torch.Tensor, first: int, part: slice = part) -> None:  # T, blocks of 128 inputs, words
-            in_place = made.view(part.stop - part.start, 4, U, 2, -1).transpose(1, 2)
-            out[part, ..., first : first + made.shape[-1]] = in_place
+        def put(made: torch.Tensor, i: int, part: slice = part) -> None:  # T, block, r, q, words; from plane i on
+            to = out[part].transpose(1, 2)  # P tile U j
+            pieces = made.reshape(part.stop - part.start, 4, U, 2, 4, 2, 4, -1).transpose(3, 4)  # P tile U j block r % 2 q w
+            if made.shape[-1] == 2:
+                to[..., i, :, :] = pieces.transpose(5, 6).flatten(5)
+            else:
+                to[..., i, :, :] = pieces[..., 0, :, :].flatten(5)
+                to[..., i + 1, :, :] = pieces[..., 1, :, :].flatten(5).flip(4)
 
         # plane, then T h r B w s t: tile, row half, row, block, 32 inputs, 16 inputs, lane
         index = spread(padded.view(bits, count, 2, 8, 2 * U, 4, 2, 2))
         for i in range(0, bits - 1, 2):
             halves = (index[planes[i]] | index[planes[i + 1]] << 2).permute(0, 3, 2, 5, 6, 4, 1)  # T B r s t w h
-            put((halves[..., 0] | halves[..., 1] << 16).reshape(count, 2 * U, 128), 64 * i)
+            put((halves[..., 0] | halves[..., 1] << 16).flatten(3, 4), i)
         if bits % 2:
             last = index[-1].unflatten(4, (2, 2))  # T h r B v parity s t
             halves = (last[:, :, :, :, :, 0] | last[:, :, :, :, :, 1] << 2).permute(0, 3, 2, 5, 6, 4, 1)
-            put((halves[..., 0] | halves[..., 1] << 16).reshape(count, 2 * U, 64), 64 * (bits - 1))
+            put((halves[..., 0] | halves[..., 1] << 16).flatten(3, 4), bits - 1)
     return out.view(P, U, 4, 128 * bits)
 
 
@@ -96,19 +101,24 @@ def unpack_codes(packed: torch.Tensor, N: int, K: int, grid: str) -> torch.Tenso
     def canonical(plane: torch.Tensor) -> torch.Tensor:  # bytes -> [rows, words]
         return plane.reshape(-1, 32 * U).contiguous().view(torch.int32)[: N - part.start * PANEL, : words(K)]
 
-    def halves(block: torch.Tensor, per_lane: int) -> torch.Tensor:  # -> T h r B w s t
-        by_lane = block.reshape(-1, 2 * U, 8, 2, 2, per_lane)
+    def halves(tiles: torch.Tensor, i: int) -> torch.Tensor:  # P tile U j plane block words -> T h r B w s t
+        if i + 1 < bits:
+            by_lane = torch.stack([tiles[..., i, :, :], tiles[..., i + 1, :, :].flip(4)], dim=5)  # ... block r % 2 words
+            by_lane = by_lane.unflatten(-1, (4, 4))
+        else:
+            by_lane = tiles[..., i, :, :].unflatten(-1, (4, 2, 2)).transpose(5, 6)
+        by_lane = by_lane.transpose(3, 4).reshape(-1, 2 * U, 8, 2, 2, by_lane.shape[-1])
         return torch.stack([by_lane & 0xFFFF, by_lane >> 16 & 0xFFFF], dim=1).permute(0, 1, 3, 2, 6, 4, 5)
 
     for part in chunks(P, bits * PANEL * U * UNIT // 8):
         rows = slice(part.start * PANEL, part.stop * PANEL)
-        tiles = packed[part].transpose(1, 2).reshape(-1, 2 * U, 64 * bits)
+        tiles = packed[part].view(-1, U, 4, 4, bits, 2, 16).transpose(1, 2)
         for i in range(0, bits - 1, 2):
-            index = halves(tiles[..., 64 * i : 64 * i + 128], 4)
+            index = halves(tiles, i)
             out[planes[i], rows] = canonical(gather(index & 0x3333))
             out[planes[i + 1], rows] = canonical(gather(index >> 2 & 0x3333))
         if bits % 2:
-            index = halves(tiles[..., 64 * (bits - 1) :], 2)
+            index = halves(tiles, bits - 1)
             out[-1, rows] = canonical(gather(torch.stack([index, index >> 2], dim=5).flatten(4, 5) & 0x3333))
     return out
 

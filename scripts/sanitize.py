@@ -6,7 +6,20 @@ from typing import Any
 import torch
 
 from lutq.config import LayerConfig
-from lutq.cuda import multiply, prepack
+from lutq.cuda import (
+    GemvPlan,
+    aligned,
+    arguments,
+    kernels,
+    multiply,
+    multiply_sums,
+    prepack,
+    properties,
+    run_gemv,
+    slabs,
+    takes_gemv,
+)
+from lutq.decode.products import Sums, padded
 from lutq.decode.shape import Shape
 from lutq.decode.steps import FUNCTIONS, Kernels, Plan
 from lutq.decode.weights import Norm
@@ -23,6 +36,7 @@ MATRIX = (
     (200, torch.float16),
 )
 HIDDEN = (72, 4104, 8200, 16384)  # of norms: one to four vectors of 8 numbers a thread
+SLABS = (1, 5, 13)  # of sums; kernels add 12 at a time at most
 # M, heads, heads of keys and values, their size, capacity, how attention is launched
 ATTENTION = (
     (1, 4, 4, 128, 300, Plan(1, 1, 1)),
@@ -50,28 +64,69 @@ def products(device: torch.device) -> int:
     return cases
 
 
-def small_kernels(do: Kernels, dtype: torch.dtype) -> int:
-    """Run embedding, norm, activation and choice; how many times."""
+def one_row(device: torch.device) -> int:
+    """Run lut_gemv where the GPU has it, for y and for sums; how many times."""
     cases = 0
+    for bits, (grid, offsets), (N, K, group, dtype) in itertools.product(
+        (1, 2, 3, 4),
+        (("bcq", True), ("bcq", False), ("uniform", True)),
+        ((80, 1280, 128, torch.float16), (33, 2100, 64, torch.bfloat16), (20, 72, 0, torch.float32)),
+    ):
+        layer = LayerConfig(bits, group, grid, offsets)
+        if not takes_gemv(layer, properties(device)):
+            continue
+        ready = prepack(random_packed(N, K, layer, device), layer)
+        x, bias, y = (torch.randn(1, n, device=device).to(dtype) for n in (K, N, N))
+        x = aligned(x)
+        for blocks, split in ((1, 1), (3, 1), (2, 2), (6, 2)):
+            if split <= slabs(K):
+                run_gemv(kernels(device), arguments(x, ready, bias, y, layer), GemvPlan(blocks, split))
+                cases += 1
+        multiply_sums(x, ready, torch.empty(slabs(K), padded(N), device=device), N, layer)
+        cases += 1
+    return cases
 
-    def draw(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, device=do.device).to(dtype)
+
+def draw(do: Kernels, dtype: torch.dtype, *sizes: int) -> torch.Tensor:
+    """Random numbers."""
+    return torch.randn(*sizes, device=do.device).to(dtype)
+
+
+def draw_sums(do: Kernels, dtype: torch.dtype, count: int, N: int) -> Sums:
+    """An unfinished result of so many slabs, with a bias unless it is one. What is between slabs is not initialized."""
+    memory = torch.empty(count, padded(N), device=do.device)
+    memory[:, :N] = 1
+    return Sums(memory[:, :N], draw(do, dtype, N) if count > 1 else None)
+
+
+def small_kernels(do: Kernels, dtype: torch.dtype) -> int:
+    """Run embedding, norm, activation and choice; how many times. Sums need clusters, as lut_gemv does."""
+    cases, sums = 0, SLABS if do.gpu.clusters else ()
+
+    def new(*sizes: int) -> torch.Tensor:
+        return draw(do, dtype, *sizes)
 
     for K, M in zip(HIDDEN, (1, 3, 2, 1), strict=True):
         token, position = (torch.arange(M, device=do.device) for _ in range(2))
         h, x = torch.empty(M, K, device=do.device), torch.empty(M, K, dtype=dtype, device=do.device)
-        for learned, y, bias in ((None, None, None), (draw(8, K), draw(M, K), draw(K))):
-            do.embed(token, position, draw(8, K), learned, h)
-            do.norm(h, y, Norm(draw(K), bias, 1e-5, bias is not None), x)
+        for learned, y, bias in ((None, None, None), (new(8, K), new(M, K), new(K))):
+            do.embed(token, position, new(8, K), learned, h)
+            do.norm(h, y, Norm(new(K), bias, 1e-5, bias is not None), x)
             cases += 2
+        for count in sums:
+            bias = new(K) if count > 1 else None
+            do.norm(h[:1], draw_sums(do, dtype, count, K), Norm(new(K), bias, 1e-5, bias is not None), x[:1])
+            cases += 1
     for function, M in itertools.product(FUNCTIONS, (1, 3)):
-        joint, y = draw(M, 2 * 344), torch.empty(M, 344, dtype=dtype, device=do.device)
-        do.activation(function, joint[:, :344], joint[:, 344:], y)
-        do.activation(function, joint[:, :344], None, y)
-        cases += 2
+        y = torch.empty(M, 344, dtype=dtype, device=do.device)
+        joints = [new(M, 2 * 344), *(draw_sums(do, dtype, count, 2 * 344) for count in (sums if M == 1 else ()))]
+        for gate, up in (joint.split([344, 344], 1) for joint in joints):
+            do.activation(function, gate, up, y)
+            do.activation(function, gate, None, y)
+            cases += 2
     for vocabulary in (7, 4096, 32001):
         token, position = (torch.zeros(3, dtype=torch.int64, device=do.device) for _ in range(2))
-        do.choose(draw(3, vocabulary), token, position, 9)
+        do.choose(new(3, vocabulary), token, position, 9)
         cases += 1
     return cases
 
@@ -79,7 +134,9 @@ def small_kernels(do: Kernels, dtype: torch.dtype) -> int:
 def attention(do: Kernels, dtype: torch.dtype) -> int:
     """Run attention; how many times. What it must not read of the caches is not initialized."""
     cases = 0
-    for (M, heads, kv_heads, D, capacity, plan), rotated in itertools.product(ATTENTION, (False, True)):
+    for (M, heads, kv_heads, D, capacity, plan), rotated, count in itertools.product(ATTENTION, (False, True), (0, *SLABS)):
+        if count and (M > 1 or not do.gpu.clusters):
+            continue
         plan = plan if do.gpu.clusters else plan._replace(cluster=1)
         shape = Shape("llama", heads * D, heads, kv_heads, D, 8, 1, 8, capacity, "silu", True)
         work = do.workspace(shape, M, capacity, plan)
@@ -87,7 +144,8 @@ def attention(do: Kernels, dtype: torch.dtype) -> int:
         position = torch.tensor([(0, capacity - 1, capacity // 2)[(M + i) % 3] for i in range(M)], device=do.device)
         for part, (m, end) in itertools.product(cache, enumerate(position.tolist())):
             part[m, :, :end] = 1
-        joint = torch.randn(M, (heads + 2 * kv_heads) * D, device=do.device).to(dtype)
+        N = (heads + 2 * kv_heads) * D
+        joint = draw_sums(do, dtype, count, N) if count else draw(do, dtype, M, N)
         q, k, v = (part.unflatten(1, (-1, D)) for part in joint.split([heads * D, kv_heads * D, kv_heads * D], 1))
         rotation = tuple(torch.ones(capacity, D // 2, device=do.device) for _ in range(2)) if rotated else None
         y = torch.empty(M, heads * D, dtype=dtype, device=do.device)
@@ -107,7 +165,7 @@ def decode(do: Any) -> int:
 
 def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    cases = products(device)
+    cases = products(device) + one_row(device)
     with torch.inference_mode():
         cases += decode(Kernels(device))
     torch.cuda.synchronize()

@@ -153,7 +153,8 @@ LOCAL = {"sm_80": 272, "sm_100": 16, "sm_120": 16}
 @pytest.mark.parametrize("arch", DEFAULT_ARCHS)
 def test_kernels_do_not_spill(fat, arch):
     found = resources(fat.path.with_suffix(".log").read_text())
-    for name, limit in (("lut_gemm", LOCAL.get(arch, 0)), ("fused_gemm", 0), ("6decode", 0)):  # 6decode: a namespace, mangled
+    limits = {"lut_gemm": LOCAL.get(arch, 0), "lut_gemv": 0, "fused_gemm": 0, "6decode": 0}  # 6decode: a namespace, mangled
+    for name, limit in limits.items():
         kernels = [kernel for kernel in found if kernel.arch.rstrip("a") == arch and name in kernel.name]
         assert kernels, f"{arch=}: no kernel named {name} among {len(found)}"
         bad = [kernel for kernel in kernels if kernel.stack > limit or (not limit and kernel.spill_stores + kernel.spill_loads)]
@@ -166,6 +167,11 @@ def test_fused_gemm_is_compiled_for_hopper_alone(fat):
     kernels = [kernel for kernel in resources(log) if "fused_gemm" in kernel.name]
     assert {kernel.arch for kernel in kernels if kernel.registers > 32} == {"sm_90a"}
     assert "wgmma" not in log, [line for line in log.splitlines() if "wgmma" in line]
+
+
+def test_lut_gemv_is_compiled_for_gpus_with_clusters(fat):
+    kernels = [kernel for kernel in resources(fat.path.with_suffix(".log").read_text()) if "lut_gemv" in kernel.name]
+    assert {kernel.arch for kernel in kernels if kernel.registers > 32} == {"sm_90a", "sm_100", "sm_120"}
 
 
 def test_real_kernels_load_without_a_gpu(fat):
@@ -183,7 +189,7 @@ def entry_points(module):
 def test_entry_points_are_exported(fat):
     """Also those whose arguments are structures of their own: in a nameless namespace they would be lost without a word."""
     handle = ctypes.CDLL(str(fat.path))
-    for module, count in (("cuda.py", 9), ("decode/steps.py", 5)):
+    for module, count in (("cuda.py", 13), ("decode/steps.py", 5)):
         names = entry_points(module)
         assert len(names) == count, f"{module}: {sorted(names)}"
         missing = [name for name in sorted(names) if not hasattr(handle, name)]

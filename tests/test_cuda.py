@@ -29,27 +29,33 @@ from lutq.cuda import (
     ONE,
     Arguments,
     FusedPlan,
+    GemvPlan,
     Gpu,
     Prepacked,
     aligned,
     fused_plan,
+    gemv_plan,
+    multiply_sums,
     plan,
     prepack,
     properties,
     rows_limit,
+    slabs,
+    takes_gemv,
 )
+from lutq.decode import products
 from lutq.errors import LutqError
 from lutq.ops import choose_backend, working_backend
 from lutq.pack import Packed, dequantize
 from lutq.paths import shipped
-from lutq.prepack import PANEL, TILE, UNIT, unpack_codes, unpack_records
+from lutq.prepack import PANEL, SLAB, TILE, UNIT, unpack_codes, unpack_records
 
 H200 = Gpu("NVIDIA H200", 132, 227 << 10, True, True)
 A100 = Gpu("NVIDIA A100", 108, 163 << 10, False, False)
 RTX = Gpu("NVIDIA GeForce RTX 3090", 82, 99 << 10, False, False)
 GPUS = [H200, A100, RTX]
 FUSED_GPUS = [H200, Gpu("NVIDIA H100 PCIe", 114, 227 << 10, True, True)]
-SOURCES = "\n".join(path.read_text() for path in sorted(shipped("kernels").glob("*.cu*")))
+SOURCES = {path.name: path.read_text() for path in sorted(shipped("kernels").glob("*.cu*"))}
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
@@ -57,29 +63,38 @@ NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
 @functools.cache
-def found(pattern):
-    """The only match of a regular expression in the sources."""
-    matches = re.findall(pattern, SOURCES)
-    assert len(matches) == 1, f"{pattern!r} is {len(matches)} times in kernels/: {matches}"
+def found(pattern, file=None):
+    """The only match of a regular expression in a source file, or in all of them."""
+    text = "\n".join(SOURCES.values()) if file is None else SOURCES[file]
+    matches = re.findall(pattern, text)
+    assert len(matches) == 1, f"{pattern!r} is {len(matches)} times in {file or 'kernels/'}: {matches}"
     return matches[0]
 
 
 def conditional(expression):
-    """`a ? b : c ? d : e` in Python."""
-    if "?" not in expression:
+    """`a ? b ? c : d : e` without brackets in Python."""
+    condition, mark, rest = expression.partition("?")
+    if not mark:
         return expression
-    condition, rest = expression.split("?", 1)
-    yes, no = rest.split(":", 1)
-    return f"(({yes}) if ({condition}) else ({conditional(no)}))"
+    depths = itertools.accumulate((c == "?") - (c == ":") for c in rest)
+    end = next(i for i, depth in enumerate(depths) if depth < 0)
+    return f"(({conditional(rest[:end])}) if ({condition}) else ({conditional(rest[end + 1 :])}))"
 
 
 @functools.cache
 def compiled(expression):
-    """A C++ expression of integers, conditions in brackets or alone, for Python's eval."""
+    """A C++ expression of integers for Python's eval."""
     expression = re.sub(r"\(size_t\)|\b(?:l|a|shape)\.", "", expression)
     expression = expression.replace("||", " or ").replace("&&", " and ").replace("/", "//")
-    expression = re.sub(r"\(([^()]*\?[^()]*)\)", lambda match: conditional(match[1]), expression)
-    return compile(conditional(" ".join(expression.split())), expression, "eval")
+    open_brackets = [""]
+    for c in " ".join(expression.split()):
+        if c == ")":
+            c = f"({conditional(open_brackets.pop())})"
+        if c == "(":
+            open_brackets.append("")
+        else:
+            open_brackets[-1] += c
+    return compile(conditional(*open_brackets), expression, "eval")
 
 
 def value(expression, names):
@@ -89,7 +104,7 @@ def value(expression, names):
 def constants(declarations, names):
     """`A = 1, B = A * 2` -> names with A and B."""
     names = dict(names)
-    for declaration in declarations.split(","):
+    for declaration in re.split(r",(?![^(]*\))", declarations):
         name, expression = declaration.split("=", 1)
         names[name.strip()] = value(expression, names)
     return names
@@ -117,7 +132,7 @@ def shared_bytes(N, K, M, mode, bits, group, how):
     for declaration in re.findall(r"constexpr (?:int|bool) ([^;]*);", columns):
         names = constants(declaration, names)
     for first in ("STAGES", "CODES", "STAGE"):
-        names = constants(found(rf"constexpr int ({first} = [^;]*);"), names)
+        names = constants(found(rf"constexpr int ({first} = [^;]*);", "stream.cuh"), names)
     scratch = found(r"constexpr int scratch_bytes\(bool split\) \{ return ([^;]*); \}")
     names["scratch_bytes"] = lambda uses: value(scratch.replace("split", "uses"), {"uses": uses})
     names["tiles"] = -(-N // names["TILE"])
@@ -215,6 +230,216 @@ def test_a_plan_needs_what_the_kernel_asks_for():
         assert plan(N, K, mode, bits, group, H200._replace(shared=needed)) == how, f"{about} {how=} {needed=}"
         with contextlib.suppress(LutqError):
             assert plan(N, K, mode, bits, group, H200._replace(shared=needed - 1)) != how, f"{about} {how=} {needed=}"
+
+
+# gemv_plan
+
+
+GEMV_GPUS = [H200, Gpu("NVIDIA H100 PCIe", 114, 227 << 10, True, True), Gpu("NVIDIA B200", 148, 227 << 10, True, False)]
+GEMV_SHAPES = list(itertools.product((1, 16, 100, 1100, 4096, 14336, 128256), (1, 1024, 1025, 2300, 4096, 14336)))
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """lut_gemv for every layer that it takes."""
+    for name, most in (("GEMV_BITS", 1), ("GEMV_LEAST", 0), ("GEMV_MOST", {})):
+        monkeypatch.setattr(lutq.cuda, name, most)
+    gemv_plan.cache_clear()
+    yield
+    gemv_plan.cache_clear()
+
+
+def gemv_layers(bits):
+    return [
+        LayerConfig(bits, group, grid, offsets)
+        for group, grid, offsets in itertools.product((0, 64, 128, 192), GRIDS, (False, True))
+    ]
+
+
+@functools.cache
+def gemv_text(pattern):
+    """C++ of lut_gemv.cuh for `constants`."""
+    text = re.sub(r"//[^\n]*|\(unsigned\)|\bSlots::", "", found(pattern, "lut_gemv.cuh"))
+    return text.replace("1ull", "1").replace("blockIdx.x", "block").replace("gridDim.x", "blocks")
+
+
+@functools.cache
+def gemv_constants():
+    names = kernel_constants() | {"BCQ": GRIDS["bcq"], "UNIFORM": GRIDS["uniform"], "min": min, "max": max}
+    for first in ("SLAB", "GEMV_THREADS", "HALF_TABLES", "RING"):
+        names = constants(gemv_text(rf"\nconstexpr int ({first} = [^;]*);"), names)
+    return names
+
+
+def gemv_names(N, K, layer):
+    """What lut_gemv derives from a layer, by its own expressions."""
+    whole = layer.group or UNIT * -(-K // UNIT)
+    divisor, large, small = found(
+        r"a\.group % (\d+) == 0 \? launch_gemv<BITS, GRID, OFFSETS, (\d+)>[^?:]*: launch_gemv<BITS, GRID, OFFSETS, (\d+)>",
+        "lut_gemv.cuh",
+    )
+    names = gemv_constants() | {"BITS": layer.bits, "GRID": GRIDS[layer.grid], "OFFSETS": layer.offsets, "group": whole}
+    names["PIECES"] = 128 // int(large if whole % int(divisor) == 0 else small)
+    for declarations in re.findall(r"constexpr int ([^;]*);", gemv_text(r"(?s)struct Slots \{(.*?)\n\};")):
+        names = constants(declarations, names)
+    return names | {"tiles": -(-N // TILE), "units": -(-K // UNIT)}
+
+
+def gemv_launch(N, K, layer, how, partial=False):
+    """What the launch of lut_gemv derives, from its own expressions; `refused` says that it does not launch."""
+    body = gemv_text(r"(?s)int launch_gemv\([^)]*\) \{(.*?)\n\}")
+    names = gemv_names(N, K, layer) | {"blocks": how.blocks, "split": how.split, "partial": partial}
+    for declarations in re.findall(r"const (?:int|unsigned|size_t) ([^;]*);", body):
+        names = constants(declarations, names)
+    return names | {"refused": value(re.search(r"if \((.*)\) return cudaErrorInvalidValue;", body)[1], names)}
+
+
+def gemv_shares(N, K, layer, how, partial=False):
+    """What `Share` gives to every block: names that it derives, (slab, warp) -> halves of tiles."""
+    body = gemv_text(r"(?s)struct Share \{(.*?)\n\};")
+    of_all, first, summed, finished = re.search(r"(?s): (.*) \{\n(.*)if \(partial\) \{(.*)\} else \{(.*?)\}", body).groups()
+    begin, end = re.findall(r"return ([^;]*);", body)
+    whole = gemv_names(N, K, layer) | {"split": how.split, "blocks": how.blocks}
+    whole["halves"] = value(re.search(r"halves\((.*?)\),", of_all)[1], whole)
+    lines = [line.strip().removeprefix("const unsigned ") for line in (first + (summed if partial else finished)).split(";")]
+    shares = []
+    for block in range(how.blocks):
+        names, halves = whole | {"block": block}, {}
+        for declarations in filter(None, lines):
+            names = constants(declarations, names)
+        for slab, warp in itertools.product(range(names["slab"], names["slab_end"]), range(names["GEMV_WARPS"])):
+            place = names | {"slab": slab, "warp": warp}
+            halves[slab, warp] = range(value(begin, place), value(end, place), names["GEMV_WARPS"])
+        shares.append((names, halves))
+    return shares
+
+
+def sums_plan(N, K, layer, gpu, monkeypatch):
+    """How `multiply_sums` launches lut_gemv."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(lutq.cuda, "properties", lambda device: gpu)
+        patch.setattr(lutq.cuda, "kernels", lambda device: None)
+        patch.setattr(lutq.cuda, "run_gemv", lambda library, a, how, partial: seen.append(how))
+        ready = Prepacked(torch.empty(0), torch.empty(0), False)
+        multiply_sums(torch.empty(1, K), ready, torch.empty(1, N), N, layer)
+    return seen[0]
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("gpu", GEMV_GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_gemv_plans_fit(gpu, bits, monkeypatch):
+    for (N, K), layer in itertools.product(GEMV_SHAPES, gemv_layers(bits)):
+        how, about = gemv_plan(N, K, layer, gpu), f"{gpu.name} {N=} {K=} {layer=}"
+        assert how, about
+        assert min(how) >= 1, f"{about} {how=}"
+        assert how.blocks % how.split == 0, f"{about} {how=}"
+        assert how.split <= slabs(K), f"{about} {how=}"
+        assert how.blocks <= gpu.processors, f"{about} {how=}"
+        assert how.blocks // how.split <= 2 * -(-N // TILE), f"{about} {how=}: a cluster without work"
+        kernel = gemv_launch(N, K, layer, how)
+        assert not kernel["refused"], f"{about} {how=}"
+        assert kernel["bytes"] <= gpu.shared, f"{about} {how=} {kernel['bytes']=}"
+        summed = sums_plan(N, K, layer, gpu, monkeypatch)
+        assert summed.split == 1, f"{about} {summed=}"
+        assert 1 <= summed.blocks <= min(gpu.processors, 2 * -(-N // TILE) * slabs(K)), f"{about} {summed=}"
+        assert gemv_launch(N, K, layer, summed, partial=True)["bytes"] <= lutq.cuda.GEMV_SHARED <= gpu.shared, about
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_a_gemv_plan_needs_what_the_kernel_asks_for(bits, monkeypatch):
+    """To the byte: with as much shared memory it is made again, with one byte less it is not."""
+    monkeypatch.setattr(lutq.cuda, "GEMV_SHARED", 0)
+    for (N, K), layer in itertools.product(GEMV_SHAPES, gemv_layers(bits)):
+        how, about = gemv_plan(N, K, layer, H200), f"{N=} {K=} {layer=}"
+        needed = gemv_launch(N, K, layer, how)["bytes"]
+        assert gemv_plan(N, K, layer, H200._replace(shared=needed)) == how, f"{about} {how=} {needed=}"
+        assert gemv_plan(N, K, layer, H200._replace(shared=needed - 1)) != how, f"{about} {how=} {needed=}"
+
+
+def test_gemv_shared_bytes_by_hand():
+    """The parsed formula once by hand, so that a wrong parse shows: 3 bits, 4 pairs of blocks for 101 halves of tiles."""
+    ring = 131072 + 16 * (2 * 3 * 512 + 2 * (128 + 64))
+    for layer, offsets in ((LayerConfig(3, 128, "bcq", False), 0), (LayerConfig(3, 128), 16 * 2 * 64)):
+        one = gemv_launch(16 * 50 + 1, 4096, layer, GemvPlan(4, 1))["bytes"]
+        two = gemv_launch(16 * 50 + 1, 4096, layer, GemvPlan(8, 2))["bytes"]
+        assert one == ring + offsets + 16 + 26 * 32
+        assert two == ring + offsets + 16 + (26 + 2 * 13) * 32
+    uniform = gemv_launch(16, 64, LayerConfig(4, 64, "uniform"), GemvPlan(1, 1), partial=True)["bytes"]
+    assert uniform == 131072 + 16 * (2 * 4 * 512 + 2 * 2 * (64 + 32)) + 16
+    assert gemv_launch(16, 2048, LayerConfig(4, 64), GemvPlan(3, 3))["refused"]
+    assert not gemv_launch(16, 2049, LayerConfig(4, 64), GemvPlan(3, 3))["refused"]
+
+
+def test_the_constants_are_those_of_lut_gemv():
+    names = gemv_constants()
+    assert (names["GEMV_WARPS"], names["RING"], names["SLAB"]) == (lutq.cuda.GEMV_WARPS, lutq.cuda.TABLE_BYTES, SLAB)
+
+
+@pytest.mark.parametrize("partial", [False, True], ids=["finished", "sums"])
+def test_every_half_of_a_tile_has_one_block_and_warp(partial, monkeypatch, everywhere):
+    """In every slab; and a launch has room for the sums of as many halves as a block finishes."""
+    layer = LayerConfig(4, 128)
+    for N, K in itertools.product((1, 16, 100, 1100, 9000), (1, 1024, 1025, 2300, 9000)):
+        plans = [GemvPlan(split * clusters, split) for split in (1, 2, 3, 8) if split <= slabs(K) for clusters in (1, 2)]
+        plans.append(gemv_plan(N, K, layer, H200))
+        if partial:
+            plans = [GemvPlan(1, 1), sums_plan(N, K, layer, H200, monkeypatch)]
+        for how in plans:
+            about, covered = f"{N=} {K=} {how=}", torch.zeros(slabs(K), 2 * -(-N // TILE), dtype=torch.int)
+            launch = gemv_launch(N, K, layer, how, partial)
+            for names, halves in gemv_shares(N, K, layer, how, partial):
+                assert 0 <= names["slab"] < names["slab_end"] <= slabs(K), f"{about} {names['block']=}"
+                for (slab, _), some in halves.items():
+                    covered[slab, list(some)] += 1
+                if partial:
+                    continue
+                kept = names["high"] - names["low"]
+                assert 1 <= kept <= launch["halves"], f"{about} {names['block']=} {kept=}"
+                ranks = [{"count": kept, "split": how.split, "rank": rank} for rank in range(how.split)]
+                ends = [constants(gemv_text(r"const int (own = [^;]*);"), rank) for rank in ranks]
+                assert sum(end["own"] for end in ends) == kept, f"{about} {kept=}"
+                assert max(end["own"] for end in ends) == ends[0]["most"] <= launch["most"], f"{about} {kept=}"
+            assert (covered == 1).all(), f"{about} {covered.unique()=}"
+
+
+def test_every_row_is_in_a_half_of_a_tile():
+    row_of = found(r"int row_of\(unsigned half, int i\) \{ return (.*); \}", "lut_gemv.cuh")
+    rows = [value(row_of, gemv_constants() | {"half": half, "i": i}) for half in range(10) for i in range(8)]
+    assert sorted(rows) == list(range(80))
+    assert all(row // TILE == i // 16 for i, row in enumerate(rows))
+
+
+def test_records_of_lut_gemv():
+    """The kernel multiplies where it means to divide by the group size."""
+    k = torch.arange(0, 65536, 32)
+    for group in range(64, 8192, 64):
+        per_group = gemv_launch(64, 65536, LayerConfig(3, group), GemvPlan(1, 1))["per_group"]
+        assert torch.equal((k >> 5) * per_group >> 32, k // group), f"{group=}"
+
+
+def test_layers_that_lut_gemv_does_not_take(everywhere):
+    for bits, grid in itertools.product((1, 4), GRIDS):
+        for group in (32, 96, 160):
+            layer = LayerConfig(bits, group, grid)
+            assert not takes_gemv(layer, H200), f"{layer=}"
+            assert gemv_plan(4096, 4096, layer, H200) is None, f"{layer=}"
+        for gpu in (A100, RTX, H200._replace(clusters=False), H200._replace(shared=H200.shared - 1)):
+            assert gemv_plan(4096, 4096, LayerConfig(bits, 128, grid), gpu) is None, f"{bits=} {gpu=}"
+        assert gemv_plan(4096, 4096, LayerConfig(bits, 128, grid), H200), f"{bits=} {grid=}"
+        assert gemv_plan(1 << 24, 4096, LayerConfig(bits, 128, grid), H200) is None, f"{bits=} {grid=}: sums of too many rows"
+
+
+def test_layers_that_lut_gemm_does_faster(monkeypatch, everywhere):
+    """Of few bits, small, and large ones of some bits."""
+    for name, limit in (("GEMV_BITS", 2), ("GEMV_LEAST", 100 * 1024), ("GEMV_MOST", {3: 200 * 1024})):
+        monkeypatch.setattr(lutq.cuda, name, limit)
+    gemv_plan.cache_clear()
+    for N, bits in ((100, ()), (101, (2, 3, 4)), (199, (2, 3, 4)), (200, (2, 4))):
+        taken = [b for b in (1, 2, 3, 4) if gemv_plan(N, 1024, LayerConfig(b, 128), H200)]
+        assert taken == list(bits), f"{N=} {taken=}"
 
 
 # fused_plan
@@ -369,7 +594,7 @@ def test_the_constants_are_those_of_fused_gemm():
     names, ours = fused_constants(), lutq.cuda
     assert (names["BARRIER_BYTES"], names["KEPT_STRIDE"]) == (ours.BARRIER_BYTES, ours.KEPT_STRIDE)
     assert names["BARRIER_BYTES"] >= 2 * 8 * (names["MOST_STAGES"] + names["MOST_SLOTS"]), "two barriers of 8 bytes for each"
-    assert tuple(map(int, re.findall(r"case (\d+): return launch<BITS, GRID, H, \1>", SOURCES))) == FUSED
+    assert tuple(map(int, re.findall(r"case (\d+): return launch<BITS, GRID, H, \1>", SOURCES["fused_gemm.cuh"]))) == FUSED
     assert found(r"plan\.builders > (\d+)\)\s+return") == str(ours.BUILDERS)
     assert {rows: kernel_most_groups(rows) for rows in FUSED} == ours.MOST_GROUPS
 
@@ -462,10 +687,13 @@ def at(address, dtype, *shape):
 
 
 class StandIn:
-    """The library in float64. `calls`: (lut_gemm or fused_gemm, mode, M) and (dequantize, rows); `plans`: those of every mode."""
+    """The library in float64. `calls`: (a kernel of products, mode, M) and (dequantize, rows); `plans`: those of every mode.
 
-    def __init__(self, factor=1.0):
-        self.calls, self.plans, self.factor = [], {}, factor
+    `factors`: kernel -> what its products come out times.
+    """
+
+    def __init__(self):
+        self.calls, self.plans, self.factors = [], {}, {}
 
     def weight(self, a):
         layer = LayerConfig(a.bits, a.group, next(name for name, n in GRIDS.items() if n == a.grid), bool(a.offsets))
@@ -477,7 +705,7 @@ class StandIn:
         return dequantize(*packed, a.group, layer.grid, a.K, torch.float64)
 
     def __getattr__(self, name):
-        kernel, bits = re.fullmatch(r"lutq_(lut_gemm|fused_gemm)_([1-4])bit", name).groups()
+        kernel, bits = re.fullmatch(r"lutq_(lut_gemm|lut_gemv|fused_gemm)_([1-4])bit", name).groups()
         return functools.partial(getattr(self, kernel), int(bits))
 
     def lut_gemm(self, bits, reference, mode, blocks, split, k_warps, n_warps, stream):
@@ -485,26 +713,45 @@ class StandIn:
         assert mode in (ONE, FEW) or (mode == EIGHT and list(DTYPES)[a.x_dtype] != torch.float32), f"{mode=} {a.x_dtype=}"
         return self.product("lut_gemm", bits, a, mode, (blocks, split, k_warps, n_warps))
 
+    def lut_gemv(self, bits, reference, partial, blocks, split, stream):
+        a = reference._obj
+        assert a.group % 64 == 0, f"{a.group=}"
+        assert blocks % split == 0, f"{blocks=} {split=}"
+        assert split <= slabs(a.K), f"{split=} {a.K=}"
+        if not partial.value:
+            return self.product("lut_gemv", bits, a, ONE, (blocks, split))
+        assert split == 1, f"{split=}"
+        x, inputs = self.rows("sums", bits, a, ONE, (blocks, split)), SLAB * UNIT
+        sums, W = at(partial.value, torch.float32, slabs(a.K), -(-a.N // TILE) * TILE), self.weight(a)
+        for s, slab in enumerate(sums):
+            part = slice(inputs * s, inputs * (s + 1))
+            slab[: a.N] = W[:, part] @ x[0, part].double()
+        return 0
+
     def fused_gemm(self, bits, reference, mode, how, stream):
         a = reference._obj
         assert mode in FUSED, f"{mode=}"
         assert list(DTYPES)[a.x_dtype] in (torch.float16, torch.bfloat16), f"{a.x_dtype=}"
         return self.product("fused_gemm", bits, a, mode, bytes(how._obj))
 
-    def product(self, kernel, bits, a, mode, how):
+    def rows(self, kernel, bits, a, mode, how):
+        """x of a launch."""
         assert a.bits == bits, f"{a.bits=} {bits=}"
         self.calls.append((kernel, mode, a.M))
         self.plans.setdefault((kernel, mode), set()).add(how)
-        x_dtype, y_dtype = list(DTYPES)[a.x_dtype], list(DTYPES)[a.y_dtype]
+        x_dtype = list(DTYPES)[a.x_dtype]
         assert 1 <= a.M <= mode, f"{a.M=} {mode=}"
         if x_dtype != torch.float32:  # read 16 bytes at a time
             assert a.x % 16 == 0, f"{a.x=}"
             assert a.M == 1 or a.x_stride % 8 == 0, f"{a.x_stride=}"
-        x = torch.stack([at(a.x + m * a.x_stride * x_dtype.itemsize, x_dtype, a.K) for m in range(a.M)])
-        y = self.factor * (x.double() @ self.weight(a).T)
+        return torch.stack([at(a.x + m * a.x_stride * x_dtype.itemsize, x_dtype, a.K) for m in range(a.M)])
+
+    def product(self, kernel, bits, a, mode, how):
+        x = self.rows(kernel, bits, a, mode, how)
+        y = self.factors.get(kernel, 1.0) * (x.double() @ self.weight(a).T)
         if a.bias:
             y += at(a.bias, list(DTYPES)[a.bias_dtype], a.N)
-        at(a.y, y_dtype, a.M, a.N).copy_(y)
+        at(a.y, list(DTYPES)[a.y_dtype], a.M, a.N).copy_(y)
         return 0
 
     def lutq_dequantize(self, reference, first, last, stream):
@@ -634,6 +881,39 @@ def test_a_mode_has_one_plan(stand_in):
         assert stand_in.plans["fused_gemm", rows] == {how}, f"{rows=}"
 
 
+@pytest.mark.usefixtures("everywhere")
+def test_which_kernel_runs_for_one_row(stand_in, monkeypatch):
+    """lut_gemv for large layers that it takes, whatever the dtype, and lut_gemm for others and for more rows."""
+    N, K, gemv = 33, FEW_INPUTS, [("lut_gemv", ONE, 1)]
+    for bits, group, least, gpu, expected in (
+        (3, 128, N * K - 1, H200, gemv),
+        (4, 64, N * K - 1, H200._replace(fused=False), gemv),
+        (3, 128, N * K, H200, lut(1, 1)),
+        (2, 128, N * K - 1, H200, lut(1, 1)),
+        (3, 32, N * K - 1, H200, lut(1, 1)),
+        (3, 128, N * K - 1, A100, lut(1, 1)),
+    ):
+        monkeypatch.setattr(lutq.cuda, "GEMV_BITS", 3)
+        monkeypatch.setattr(lutq.cuda, "GEMV_LEAST", least)
+        monkeypatch.setattr(lutq.cuda, "properties", lambda device, gpu=gpu: gpu)
+        gemv_plan.cache_clear()
+        layer = LayerConfig(bits, group)
+        ready = prepack(random_packed(N, K, layer), layer)
+        for dtype in DTYPES:
+            calls = launches_of(stand_in, torch.ones(1, K, dtype=dtype), ready, layer)
+            assert calls == expected, f"{layer=} {least=} {gpu=} {dtype=} {calls=}"
+        few = launches_of(stand_in, torch.ones(2, K).half(), ready, layer)
+        assert few == lut(4, 2), f"{layer=} {least=} {gpu=} {few=}"
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_wide_layers_and_one_row(stand_in):
+    for grid, expected in (("bcq", [("lut_gemv", ONE, 1)]), ("uniform", DENSE)):
+        layer = LayerConfig(3, 128, grid)
+        ready = prepack(random_packed(33, 300, layer), layer)._replace(wide=True)
+        assert launches_of(stand_in, torch.ones(1, 300).half(), ready, layer) == expected, f"{grid=}"
+
+
 # The product
 
 
@@ -659,13 +939,79 @@ def test_multiply(stand_in, dtype, grid, offsets, monkeypatch):
             b = torch.randn(N, generator=torch.Generator().manual_seed(M)).to(dtype) if bias else None
             stand_in.calls.clear()
             y, about = multiply(x, packed, layer, b, torch.float32), f"{dtype=} {layer=} {N=} {K=} {M=} {bias=}"
-            wanted = x.double() @ W.T + (0 if b is None else b.double())
-            scale = x.double().abs() @ W.abs().T
-            error = ((y.double() - wanted).abs() / scale).max().item()
+            error = error_of(y, x, W, b)
             assert (y.shape, y.dtype) == ((M, N), torch.float32), about
             assert stand_in.calls == expected_calls(M, K, dtype, N), f"{about} {stand_in.calls=}"
             rounded = stand_in.calls[0][0] == "dequantize" and dtype != torch.float32
             assert error < (5e-4 if rounded else 1e-6), f"{about} {error=}"
+
+
+def error_of(y, x, W, bias=None):
+    """The largest error of y = x W^T + bias, relative to the product of absolute values."""
+    wanted = x.double() @ W.T + (0 if bias is None else bias.double())
+    return ((y.double() - wanted).abs() / (x.double().abs() @ W.abs().T)).max().item()
+
+
+ONE_ROW = [  # N, K, group
+    (1, 100, 64),
+    (33, 1024, 0),
+    (50, 1100, 128),
+    (64, 2072, 192),
+]
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize(("grid", "offsets"), list(itertools.product(GRIDS, (False, True))))
+def test_multiply_one_row_by_lut_gemv(stand_in, dtype, grid, offsets):
+    for (N, K, group), bits, bias in itertools.product(ONE_ROW, (1, 2, 3, 4), (False, True)):
+        layer = LayerConfig(bits, group, grid, offsets)
+        packed, x = random_packed(N, K, layer), torch.randn(1, K, generator=torch.Generator().manual_seed(N)).to(dtype)
+        b = torch.randn(N, generator=torch.Generator().manual_seed(K)).to(dtype) if bias else None
+        stand_in.calls.clear()
+        y, about = multiply(x, packed, layer, b, torch.float32), f"{dtype=} {layer=} {N=} {K=} {bias=}"
+        error = error_of(y, x, dequantize(*packed, group, grid, K, torch.float64), b)
+        assert stand_in.calls == [("lut_gemv", ONE, 1)], f"{about} {stand_in.calls=}"
+        assert error < 1e-6, f"{about} {error=}"
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize(("grid", "offsets"), list(itertools.product(GRIDS, (False, True))))
+def test_sums(stand_in, dtype, grid, offsets):
+    """Each is the product with its slab of inputs, and the decode engine gets as many as it asks for."""
+    for (N, K, group), bits in itertools.product(ONE_ROW, (1, 2, 3, 4)):
+        layer = LayerConfig(bits, group, grid, offsets)
+        packed, x = random_packed(N, K, layer), torch.randn(1, K, generator=torch.Generator().manual_seed(N)).to(dtype)
+        W = dequantize(*packed, group, grid, K, torch.float64)
+        product = products.Packed(*prepack(packed, layer), None, N, K, layer)
+        about = f"{dtype=} {layer=} {N=} {K=}"
+        partial = torch.full((-(-K // 1024), products.padded(N)), torch.nan)
+        stand_in.calls.clear()
+        multiply_sums(x, product.ready, partial, N, layer)
+        assert stand_in.calls == [("sums", ONE, 1)], f"{about} {stand_in.calls=}"
+        for s, (some, weights) in enumerate(zip(x.split(1024, 1), W.split(1024, 1), strict=True)):
+            error = error_of(partial[s, :N], some, weights)
+            assert error < 1e-6, f"{about} {s=} {error=}"
+        assert product.slabs(1, dtype) == len(partial), f"{about}: {product.slabs(1, dtype)=}"
+        again = torch.full_like(partial, torch.nan)
+        product.sums_into(x, again)
+        assert torch.equal(again[:, :N], partial[:, :N]), about
+        error = error_of(partial[:, :N].sum(0), x, W)
+        assert error < 1e-6, f"{about} {error=}"
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_layers_without_sums(stand_in, monkeypatch):
+    def slabs_of(layer, wide=False):
+        ready = prepack(random_packed(33, 1100, layer), layer)._replace(wide=wide)
+        return products.Packed(*ready, None, 33, 1100, layer).slabs(1, torch.half)
+
+    assert slabs_of(LayerConfig(3, 128)) == slabs_of(LayerConfig(3, 128), wide=True) == 2
+    assert slabs_of(LayerConfig(3, 32)) == slabs_of(LayerConfig(3, 96)) == 0
+    assert slabs_of(LayerConfig(3, 128, "uniform"), wide=True) == 0
+    monkeypatch.setattr(lutq.cuda, "properties", lambda device: A100)
+    assert slabs_of(LayerConfig(3, 128)) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
@@ -748,22 +1094,43 @@ def test_wide_weights_stay_finite(stand_in, grid, M):
     assert (y.double() - wanted).norm() / wanted.norm() < 1e-6
 
 
+@pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("kernel", ["lut_gemm", "lut_gemv"])
 @pytest.mark.parametrize("factor", [1.0, 0.999, 0.0, float("nan")])
-def test_the_check_of_a_new_library(stand_in, factor, monkeypatch):
-    stand_in.factor = factor
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Toy")
-    wrong = pytest.raises(LutqError, match=r"the CUDA kernels give wrong results on Toy \(off by .*\): use --backend reference")
-    with contextlib.nullcontext() if factor == 1 else wrong:
+def test_the_check_of_a_new_library(stand_in, monkeypatch, gpu, kernel, factor):
+    """It tries every kernel that the GPU runs for one row."""
+    monkeypatch.setattr(lutq.cuda, "properties", lambda device: gpu)
+    stand_in.factors[kernel] = factor
+    tried = ["lut_gemm"] if gpu is A100 else ["lut_gemm", "lut_gemv"]
+    good = factor == 1 or kernel not in tried
+    wrong = pytest.raises(
+        LutqError, match=rf"the CUDA kernels give wrong results on {gpu.name} \(off by .*\): use --backend reference"
+    )
+    with contextlib.nullcontext() if good else wrong:
+        lutq.cuda.check(stand_in, torch.device("cpu"))
+    assert [name for name, *_ in stand_in.calls] == (tried if good else tried[: tried.index(kernel) + 1])
+
+
+@pytest.mark.parametrize("name", ["lutq_lut_gemm_3bit", "lutq_lut_gemv_3bit"])
+def test_the_check_of_a_kernel_that_does_nothing(stand_in, monkeypatch, name):
+    monkeypatch.setattr(stand_in, name, lambda *arguments: 0, raising=False)
+    with pytest.raises(LutqError, match=r"wrong results on NVIDIA H200 \(off by nan\)"):
         lutq.cuda.check(stand_in, torch.device("cpu"))
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_a_launch_that_fails_is_an_error(stand_in, monkeypatch):
-    packed, layer = random_packed(20, FEW_INPUTS, LayerConfig(3, 32)), LayerConfig(3, 32)
-    for name, M in (("lutq_lut_gemm_3bit", 1), ("lutq_fused_gemm_3bit", 9), ("lutq_dequantize", LIMIT + 1)):
+    for name, M, group in (
+        ("lutq_lut_gemm_3bit", 1, 32),
+        ("lutq_lut_gemv_3bit", 1, 64),
+        ("lutq_fused_gemm_3bit", 9, 32),
+        ("lutq_dequantize", LIMIT + 1, 32),
+    ):
+        layer = LayerConfig(3, group)
         with monkeypatch.context() as patch:
             patch.setattr(stand_in, name, lambda *arguments: 98, raising=False)
             with pytest.raises(RuntimeError, match="could not be launched: error 98"):
-                multiply(torch.ones(M, FEW_INPUTS).half(), packed, layer)
+                multiply(torch.ones(M, FEW_INPUTS).half(), random_packed(20, FEW_INPUTS, layer), layer)
 
 
 def test_kernel_order_by_hand(stand_in):

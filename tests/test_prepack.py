@@ -100,19 +100,21 @@ def codes_by_the_comment(codes, grid):
         value = half_word(*place, 0, low, high) | half_word(*place, 1, low, high) << 16
         return value - 2**32 if value >= 2**31 else value
 
-    def words_of(tile, block):
-        made = []
-        for low, high in pairs:
-            made += [word(tile, 128 * block, lane, low=(low, w), high=(high, w)) for lane in range(32) for w in range(4)]
-        if bits % 2:
-            i = bits - 1
-            made += [word(tile, 128 * block, lane, low=(i, 2 * v), high=(i, 2 * v + 1)) for lane in range(32) for v in range(2)]
+    def words_of(tile, unit):
+        made, i = [], bits - 1
+        for j in range(4):
+            rows = (2 * j, 2 * j + 1)
+            for low, high in pairs:
+                for r in rows:
+                    for block in (2 * unit + r % 2, 2 * unit + 1 - r % 2):
+                        lanes = [(128 * block, 4 * r + q) for q in range(4)]
+                        made += [word(tile, *lane, low=(low, w), high=(high, w)) for lane in lanes for w in range(4)]
+            for block in (2 * unit, 2 * unit + 1) if bits % 2 else ():
+                lanes = [(128 * block, 4 * r + q) for q in range(4) for r in rows]
+                made += [word(tile, *lane, low=(i, 2 * v), high=(i, 2 * v + 1)) for lane in lanes for v in range(2)]
         return made
 
-    return [
-        [[words_of(4 * panel + t, 2 * unit) + words_of(4 * panel + t, 2 * unit + 1) for t in range(4)] for unit in range(U)]
-        for panel in range(P)
-    ]
+    return [[[words_of(4 * panel + t, unit) for t in range(4)] for unit in range(U)] for panel in range(P)]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

@@ -1,6 +1,7 @@
 """scripts/sanitize.py and sanitize.sh without a GPU: which cases they hand to the kernels, and what is left of their reports."""
 
 import importlib
+import itertools
 import os
 import stat
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lutq.cuda
 from lutq.cuda import Gpu
 from lutq.decode import steps
 
@@ -31,6 +33,37 @@ class Entries:
         return name
 
 
+@pytest.mark.parametrize("gpu", [Gpu("X", 132, 232448, True, True), Gpu("X", 132, 166912, False, False)])
+def test_cases_of_lut_gemv_are_what_the_kernel_takes(sanitize, monkeypatch, gpu):
+    """Those of its launch in kernels/lut_gemv.cuh, with work for every cluster: y by one block and by two, and sums."""
+    seen = []
+    for module in (sanitize, lutq.cuda):
+        monkeypatch.setattr(module, "properties", lambda device: gpu)
+        monkeypatch.setattr(module, "kernels", lambda device: Entries())
+    monkeypatch.setattr(lutq.cuda, "start", lambda entry, a, partial, *how: seen.append((entry, a, partial.value, *how)))
+    assert sanitize.one_row(torch.device("cpu")) == len(seen)
+    if not gpu.clusters:
+        assert not seen
+        return
+    for entry, a, partial, blocks, split in seen:
+        about = {name: getattr(a, name) for name, _ in a._fields_} | {"blocks": blocks, "split": split}
+        assert entry == f"lutq_lut_gemv_{a.bits}bit", about
+        assert (a.M, a.group % 64, a.x % 16, blocks % split) == (1, 0, 0, 0), about
+        assert split <= -(-a.K // 1024), about
+        work = 2 * -(-a.N // 16) * (-(-a.K // 1024) if partial else 1)
+        assert blocks // split <= work, about
+        assert not (partial and split > 1), about
+    assert {(bool(partial), split) for _, _, partial, _, split in seen} == {(False, 1), (False, 2), (True, 1)}
+    assert {(a.bits, a.grid) for _, a, *_ in seen} == set(itertools.product((1, 2, 3, 4), (0, 1)))
+    assert {a.group % 128 for _, a, *_ in seen} == {0, 64}
+
+
+def allowed(y, M):
+    """Whether kernels/decode.cu takes a `Result`."""
+    per_16 = 4 if y.slabs else 8
+    return y.stride % per_16 == 0 and (y.data or 0) % 16 == (y.bias or 0) % 16 == 0 and (M == 1 or not y.slabs)
+
+
 @pytest.mark.parametrize("clusters", [True, False])
 def test_cases_of_decode_are_what_the_kernels_take(sanitize, monkeypatch, clusters):
     """The conditions of the entry points in kernels/decode.cu, and every kernel of it."""
@@ -42,13 +75,22 @@ def test_cases_of_decode_are_what_the_kernels_take(sanitize, monkeypatch, cluste
     assert sanitize.decode(do) == len(seen)
     for entry, a in seen:
         about = {name: getattr(a, name) for name, _ in a._fields_}
+        results = [y for y in about.values() if isinstance(y, steps.ResultArguments)]
+        assert all(allowed(y, a.M) for y in results), about
         if entry in ("lutq_embedding", "lutq_norm"):
             assert a.K % 8 == 0, about
             assert a.K <= steps.MOST_HIDDEN, about
+        if entry == "lutq_norm" and a.y.slabs:
+            assert a.cluster in (1, 2, 4, 8), about
+            assert a.cluster * 2048 >= a.K, about
+        elif entry == "lutq_norm":
+            assert a.cluster == 1, about
         elif entry == "lutq_activation":
-            assert [n % 8 for n in (a.F, a.gate_stride, a.up_stride)] == [0, 0, 0], about
+            assert a.F % 8 == 0, about
+            assert not a.up.data or a.up.slabs == a.gate.slabs, about
         elif entry == "lutq_attention":
-            assert [a.D % 16, *(n % 8 for n in (a.q_stride, a.k_stride, a.v_stride))] == [0, 0, 0, 0], about
+            assert a.D % 16 == 0, about
+            assert a.q.slabs == a.k.slabs == a.v.slabs, about
             assert a.heads // a.kv_heads % a.rows == 0, about
             assert a.cluster in ((1, 2, 4, 8) if clusters else (1,)), about
             assert (a.partial is None) == (a.spread == 1), about
@@ -56,8 +98,12 @@ def test_cases_of_decode_are_what_the_kernels_take(sanitize, monkeypatch, cluste
     assert {a.rows for a in launches} == {1, 2, 3, 4}
     assert {a.dtype for a in launches} == {a.ahead for a in launches} == {0, 1}
     assert {entry for entry, _ in seen} == {f"lutq_{name}" for name in ("embedding", "norm", "activation", "choice", "attention")}
-    items = {-(-a.K // 8 // 512) for entry, a in seen if entry == "lutq_norm"}
+    items = {-(-a.K // 8 // 512) for entry, a in seen if entry == "lutq_norm" and not a.y.slabs}
     assert items == {1, 2, 3, 4}, "vectors of a thread"
+    for entry, read in (("lutq_norm", "y"), ("lutq_activation", "gate"), ("lutq_attention", "v")):
+        found = {getattr(a, read).slabs for name, a in seen if name == entry}
+        assert found == ({0, 1, 5, 13} if clusters else {0}), f"{entry} {found=}"
+    assert {a.cluster for entry, a in seen if entry == "lutq_norm"} == ({1, 8} if clusters else {1})
 
 
 TOOL = """#!/bin/sh

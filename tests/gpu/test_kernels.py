@@ -35,6 +35,18 @@ GRIDS = [(grid, offsets) for grid in ("bcq", "uniform") for offsets in (False, T
 SMALL = Gpu("small", 82, 101376, False, False)
 
 
+@pytest.fixture(params=[False, True], ids=["as measured", "lut_gemv"])
+def one_row(request, monkeypatch):
+    """A row of x by the kernel that is faster, and by lut_gemv wherever it takes the layer."""
+    if request.param:
+        monkeypatch.setattr(lutq.cuda, "GEMV_BITS", 1)
+        monkeypatch.setattr(lutq.cuda, "GEMV_LEAST", 0)
+        monkeypatch.setattr(lutq.cuda, "GEMV_MOST", {})
+    lutq.cuda.gemv_plan.cache_clear()
+    yield
+    lutq.cuda.gemv_plan.cache_clear()
+
+
 def draw(shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
@@ -199,6 +211,33 @@ def test_fused(bits, grid, offsets):
     verdict.check()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(("grid", "offsets"), GRIDS)
+def test_gemv(bits, grid, offsets):
+    """In clusters of any size, with any tail, by few blocks and by many; and as sums, which leave nothing out of their N."""
+    gpu, found = lutq.cuda.properties(torch.device(DEVICE, 0)), lutq.cuda.kernels(torch.device(DEVICE, 0))
+    if not lutq.cuda.takes_gemv(LayerConfig(bits, 128, grid, offsets), gpu):
+        pytest.skip("lut_gemv needs a GPU with clusters and 227 KB of shared memory")
+    verdict = Verdict()
+    shapes = [(1, 300, 64), (100, 1000, 128), (130, 1030, 192), (200, 2080, 0), (70, 4352, 256), (333, 9000, 128)]
+    for (N, K, group), dtype in itertools.product(shapes, DTYPES):
+        layer = Layer(N, K, LayerConfig(bits, group, grid, offsets), seed=N)
+        x, bias, parts = draw((1, K), dtype, seed=K), draw((N,), dtype, seed=N), lutq.cuda.slabs(K)
+        for split in (split for split in (1, 2, 3, 4, 7, 8) if split <= parts):
+            for clusters in (1, 3, 12):
+                y = torch.full((1, N), float("nan"), device=DEVICE)
+                a = lutq.cuda.arguments(lutq.cuda.aligned(x), layer.ready, bias, y, layer.layer)
+                lutq.cuda.run_gemv(found, a, lutq.cuda.GemvPlan(split * clusters, split))
+                about = f"{N}x{K} {group=} {dtype} {split=} {clusters=}"
+                verdict.add(layer.errors(y, x, bias), SINGLE, about)
+        assert lutq.cuda.sum_parts(layer.ready, K, layer.layer, gpu) == parts, f"{K=} {parts=}"
+        partial = torch.full((parts, -(-N // 16) * 16), float("nan"), device=DEVICE)
+        lutq.cuda.multiply_sums(x, layer.ready, partial, N, layer.layer)
+        verdict.add(layer.errors(partial.double().sum(0)[None, :N], x), SINGLE, f"sums {N}x{K} {group=} {dtype}")
+    verdict.check()
+
+
+@pytest.mark.usefixtures("one_row")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias_dtype", DTYPES)
 def test_bias(dtype, bias_dtype):
@@ -214,6 +253,7 @@ def test_bias(dtype, bias_dtype):
     verdict.check()
 
 
+@pytest.mark.usefixtures("one_row")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_strides_and_shapes(dtype):
     verdict = Verdict()
@@ -312,6 +352,7 @@ EDGES = {
 }
 
 
+@pytest.mark.usefixtures("one_row")
 @pytest.mark.parametrize("name", EDGES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_edges(name, dtype, monkeypatch):
@@ -332,6 +373,7 @@ def test_edges(name, dtype, monkeypatch):
     verdict.check()
 
 
+@pytest.mark.usefixtures("one_row")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_input_gives_the_bias(dtype):
     for bits, (grid, offsets), M in itertools.product((1, 2, 3, 4), GRIDS, (1, 4, 8, 16, 17, 100)):
@@ -341,6 +383,7 @@ def test_no_input_gives_the_bias(dtype):
         assert torch.equal(made(x, bias), bias.expand(M, 100)), about
 
 
+@pytest.mark.usefixtures("one_row")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_in_its_row(dtype, poison):
@@ -361,6 +404,7 @@ def test_what_is_not_finite_stays_in_its_row(dtype, poison):
 # The same bits
 
 
+@pytest.mark.usefixtures("one_row")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(100, 257, 32), (2048, 4096, 128)])
 def test_runs_are_equal(dtype, shape):
@@ -465,6 +509,7 @@ def test_a_prepacked_layer_takes_what_its_packed_tensors_take():
         del module
 
 
+@pytest.mark.usefixtures("one_row")
 @pytest.mark.parametrize("M", [1, 4, 16, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_captured(M, dtype):
@@ -490,6 +535,7 @@ def test_first_use_inside_capture():
     assert module(x).isfinite().all()
 
 
+@pytest.mark.usefixtures("one_row")
 def test_two_streams():
     """Products that run side by side do not share memory."""
     made = [Layer(512, 2048, LayerConfig(bits, 128), seed=bits) for bits in (3, 4)]

@@ -1,0 +1,3 @@
+#include "lut_gemv.cuh"
+
+LUTQ_LUT_GEMV(2)
