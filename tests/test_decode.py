@@ -9,20 +9,21 @@ import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, LLAMA, build_model
+from conftest import FAMILIES, LLAMA, MODELS, build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lutq.config import LayerConfig
 from lutq.cuda import prepack
+from lutq.decode import engine as engine_module
 from lutq.decode import prefill, products, reference
 from lutq.decode.choose import choose, make
 from lutq.decode.engine import Engine
 from lutq.decode.general import General
 from lutq.decode.loop import continue_text
-from lutq.decode.products import Dense, Packed, Parts, adjacent, join
+from lutq.decode.products import Dense, Packed, Parts, Sums, adjacent, common_slabs, join, padded, place
 from lutq.decode.sampler import Sampler
 from lutq.decode.shape import RefusedError, rotation_of, shape_of
-from lutq.decode.weights import weights_of
+from lutq.decode.weights import Norm, weights_of
 from lutq.errors import LutqError
 from lutq.generate import Sampling, generate
 from lutq.hf import load
@@ -306,13 +307,179 @@ def test_parts_lie_one_after_the_other(monkeypatch, apart):
     if apart:
         monkeypatch.setattr(products, "join", lambda modules: [products.product_of(module) for module in modules])
     parts, x = Parts(modules), torch.randn(3, 16)
-    outputs, views = parts.place(torch.empty(3 * 48), 3)
+    outputs = place(parts.products, 0, 3, torch.empty(3 * 48))
+    views = parts.split(outputs)
     for product, y in zip(parts.products, outputs, strict=True):
         product.into(x, y)
     assert len(outputs) == (3 if apart else 1)
     for module, view, made in zip(modules, views, parts(x), strict=True):
         torch.testing.assert_close(view, module(x))
         torch.testing.assert_close(made, module(x))
+
+
+# Unfinished products
+
+SLAB = 40  # inputs, where lut_gemv has 1024
+
+
+class Slabbed(Dense):
+    """A product that leaves sums over slabs of its inputs, with what nobody may read between them."""
+
+    left = 0
+
+    def slabs(self, M, dtype):
+        return -(-self.K // SLAB) if M == 1 else 0
+
+    def sums_into(self, x, sums):
+        assert sums.shape == (self.slabs(1, x.dtype), padded(self.N))
+        assert sums.is_contiguous()
+        sums.fill_(torch.nan)
+        for s, (part, weight) in enumerate(zip(x.split(SLAB, 1), self.weight.split(SLAB, 1), strict=True)):
+            sums[s, : self.N] = part[0] @ weight.T
+        Slabbed.left += 1
+
+
+def with_biases(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, fields = MODELS[name]
+    more = {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields | more), dtype=torch.float32).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            parameter.normal_(0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("name", ["opt", "llama", "llama with biases"])
+def test_steps_with_unfinished_products(small, monkeypatch, name, apart):
+    monkeypatch.setattr(products, "Dense", Slabbed)
+    if apart:
+        monkeypatch.setattr(products, "join", lambda modules: [products.product_of(module) for module in modules])
+    model = small(name) if name == "llama" else with_biases(name.split()[0])
+    ids = prompt_ids(model, 12)
+    expected = model(ids, output_hidden_states=True)
+    for most in (engine_module.NORM_SUMS, 0):
+        monkeypatch.setattr(engine_module, "NORM_SUMS", most)
+        engine = Engine(weights_of(model), 20)
+        engine.prompt(ids[:, :9])
+        for t in range(9, 12):
+            engine.token.copy_(ids[:, t])
+            Slabbed.left = 0
+            for i, y in engine.forward():
+                assert isinstance(y, Sums if most else torch.Tensor), f"{name=} {apart=} {most=}"
+                if i + 1 < model.config.num_hidden_layers:
+                    error = relative(engine.h + reference.finished(y), expected.hidden_states[i + 1][:, t])
+                    assert error < 1e-5, f"{name=} {apart=} {most=} {t=} {i=} {error=}"
+            error = relative(engine.logits, expected.logits[:, t])
+            assert error < 1e-5, f"{name=} {apart=} {most=} {t=} {error=}"
+            engine.choose()
+            everywhere = (3 if apart else 1) + (2 if apart and "llama" in name else 1)
+            assert Slabbed.left == model.config.num_hidden_layers * (everywhere + (2 if most else 0)), f"{name=} {apart=}"
+
+
+def test_who_finishes_products(small, monkeypatch):
+    """Products do for several sequences, for sums over ranks, and where not all that are read together leave as many slabs."""
+    monkeypatch.setattr(products, "Dense", Slabbed)
+    model = build_model("llama")
+    layer = weights_of(model).layers[0]
+
+    def slabs(batch, weights):
+        return [found for _, found in Engine(weights, 20, batch).groups(layer)]
+
+    weights = weights_of(model)
+    assert slabs(1, weights) == [3, 3, 3, 5]
+    assert slabs(2, weights) == [0, 0, 0, 0]
+    engine = Engine(weights, 20)
+    engine.shape = shape_of(model.config, world=2)
+    assert [found for _, found in engine.groups(layer)] == [3, 0, 3, 0]
+    two = [layer.out, layer.down]
+    assert common_slabs(two, 1, torch.float32) == 0
+    assert common_slabs([layer.out, Dense(layer.out.weight, None)], 1, torch.float32) == 0
+
+
+def draw_sums(slabs, N, bias, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Sums(
+        torch.randn(slabs, padded(N), generator=generator)[:, :N], torch.randn(N, generator=generator).half() if bias else None
+    )
+
+
+@pytest.mark.parametrize("slabs", [1, 3, 12])
+@pytest.mark.parametrize("bias", [False, True])
+def test_functions_read_sums_as_they_read_rows(slabs, bias):
+    def both(function, sums, *shapes):
+        """What a function makes of sums, and of rows that were finished in float64."""
+        exact = [y and (y.slabs.double().sum(0) + (y.bias.double() if bias else 0)).float()[None] for y in sums]
+        return [function(*results) for results in (sums, exact)]
+
+    def norm(y):
+        h, x = torch.ones(1, 43), torch.empty(1, 43)
+        reference.norm(h, y, Norm(torch.ones(43), None, 1e-5, True), x)
+        return torch.cat([h, x])
+
+    def activation(gate, up):
+        y = torch.empty(1, 43)
+        reference.activation("silu", gate, up, y)
+        return y
+
+    def attention(q, k, v):
+        cache = tuple(torch.ones(1, 2, 5, 8) for _ in range(2))
+        rotation = tuple(torch.full((5, 4), 0.5**0.5) for _ in range(2))
+        y = torch.empty(1, 32)
+        parts = (part.unflatten(1, (-1, 8)) for part in (q, k, v))
+        reference.attention(*parts, cache, torch.tensor([3]), rotation, 0.3, y)
+        return torch.cat([y.flatten(), *(part.flatten() for part in cache)])
+
+    y, other = draw_sums(slabs, 43, bias), draw_sums(slabs, 43, bias, 1)
+    joint = draw_sums(slabs, 64, bias).split([32, 16, 16], dim=1)
+    apart = [draw_sums(slabs, N, bias, N) for N in (32, 16, 16)]
+    for function, sums in (
+        (norm, [y]),
+        (activation, [y, other]),
+        (activation, [y, None]),
+        (attention, joint),
+        (attention, apart),
+    ):
+        found, expected = both(function, sums)
+        assert relative(found, expected) < 1e-6, f"{function.__name__} {slabs=} {bias=} {relative(found, expected)=}"
+
+
+def test_sums_are_added_in_order_and_bias_last():
+    slabs = torch.tensor([[1e8, 1.0], [-1e8, 2.0], [1.0, 3.0]])
+    assert Sums(slabs, None).finished().tolist() == [[1.0, 6.0]]
+    assert Sums(slabs.flip(0), None).finished().tolist() == [[0.0, 6.0]]
+    assert Sums(slabs, torch.tensor([0.5, 0.25])).finished().tolist() == [[1.5, 6.25]]
+
+
+def test_layers_in_kernel_order_leave_sums_that_kernels_read(monkeypatch):
+    layer = LayerConfig(3, 128, "bcq", True)
+    (joint,) = join([kernel_order(64, 300, layer, i, bias=True) for i in range(2)])
+    asked = []
+
+    def sum_parts(ready, K, layer, gpu):
+        asked.append((ready, K, layer, gpu))
+        return 1
+
+    def multiply_sums(x, ready, partial, N, layer):
+        assert (ready, N, partial.shape) == (joint.ready, 128, (1, 128))
+        partial.fill_(7)
+
+    monkeypatch.setattr("lutq.cuda.properties", lambda device: "a GPU")
+    monkeypatch.setattr("lutq.cuda.sum_parts", sum_parts)
+    monkeypatch.setattr("lutq.cuda.multiply_sums", multiply_sums)
+    joint.bias = joint.bias.half()
+    assert joint.slabs(2, torch.float16) == 0, "several rows"
+    assert joint.slabs(1, torch.bfloat16) == 0, "a bias of another dtype"
+    assert joint.slabs(1, torch.float16) == 1
+    assert asked == [(joint.ready, 300, layer, "a GPU")]
+    (y,) = place([joint], 1, 1, torch.zeros(128))
+    reference.multiply(joint, torch.zeros(1, 300), y)
+    assert torch.equal(y.finished(), 7 + joint.bias[None].float())
+    joint.bias = torch.zeros(129, dtype=torch.float16)[1:]
+    assert joint.slabs(1, torch.float16) == 0, "a bias that is not on 16 bytes"
 
 
 # The graph engine

@@ -16,6 +16,7 @@ from lutq.decode import bench, chart, reference, steps
 from lutq.decode.bench import block_bytes, check_memory, check_settings, columns, layer_for, line, needed_bytes
 from lutq.decode.engine import Engine
 from lutq.decode.measure import KINDS, Only
+from lutq.decode.products import Sums
 from lutq.decode.shape import Shape, shape_of
 from lutq.decode.steps import FUNCTIONS, Kernels, plan
 from lutq.decode.synthetic import layer_bytes, random_layer, read_config, synthetic_model
@@ -28,6 +29,7 @@ from lutq.prepack import unpack_codes, unpack_records
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "kernels" / "decode.cu").read_text(encoding="utf-8")
+SUMS_THREADS = int(re.search(r" SUMS_THREADS = (\d+)", TEXT)[1])
 H200 = Gpu("NVIDIA H200", 132, 232448, True, True)
 PARAMETERS = {
     "opt-125m": 125e6,
@@ -272,6 +274,7 @@ def test_bench_needs_a_gpu(lutq_command):
 # What steps.py says to the kernels
 
 STRUCTURES = {
+    "Result": steps.ResultArguments,
     "Embedding": steps.EmbeddingArguments,
     "Norm": steps.NormArguments,
     "Activation": steps.ActivationArguments,
@@ -295,6 +298,7 @@ def fields_of(name):
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structures_are_those_of_the_kernels(name):
     kinds = {"pointer": ctypes.c_void_p, "int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
+    kinds["Result"] = steps.ResultArguments
     assert [(field, kinds[kind]) for field, kind in fields_of(name)] == list(STRUCTURES[name]._fields_)
 
 
@@ -322,6 +326,28 @@ def test_plans_fill_the_gpu_and_are_allowed(clusters):
                 if capacity >= 512 and heads >= 32:
                     assert blocks >= 128, about
     assert plan(1, 32, 32, 512, H200) == (1, 8, 1), "LLaMA-2-7B"
+
+
+def test_norms_that_read_sums_are_shared():
+    for K in (8, 96, 256, 520, 576, 768, 4096, 5120, 9216, 12288, 16384):
+        blocks = steps.shared_by(K, H200)
+        assert blocks in (1, 2, 4, 8), f"{K=} {blocks=}"
+        assert 8 * SUMS_THREADS * blocks >= K, f"{K=} {blocks=}: more than the threads of the kernel"
+        assert blocks == 1 or blocks * steps.SHARE <= K, f"{K=} {blocks=}"
+    assert steps.shared_by(4096, H200) == 8
+    assert steps.shared_by(4096, H200._replace(clusters=False)) == 1
+
+
+def test_results_are_told_to_the_kernels():
+    rows = torch.empty(3, 40, dtype=torch.float16)
+    found = steps.result(rows[:, 8:32])
+    assert (found.data, found.bias, found.stride, found.slabs) == (rows.data_ptr() + 16, None, 40, 0)
+    whole = Sums(torch.empty(4, 48)[:, :40], torch.empty(40, dtype=torch.float16))
+    found = steps.result(whole.split([16, 24], dim=1)[1].unflatten(1, (-1, 8)))
+    assert (found.data, found.bias) == (whole.slabs.data_ptr() + 64, whole.bias.data_ptr() + 32)
+    assert (found.stride, found.slabs) == (48, 4)
+    found = steps.result(None)
+    assert (found.data, found.bias, found.stride, found.slabs) == (None, None, 0, 0)
 
 
 def test_what_the_kernels_do_not_take():

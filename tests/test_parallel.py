@@ -1,12 +1,12 @@
 """A model over several ranks computes what one process does, and its processes end together.
 
-Ranks are threads where only numbers matter, and processes with gloo where processes do. tests/gpu/test_parallel.py has the GPUs.
+Ranks are threads where only numbers matter, and processes with gloo where processes do. tests/gpu/test_ranks.py has the GPUs.
 """
 
+import dataclasses
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,26 +14,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import LLAMA, MODELS, Checkpoints, Threads
+from ranks import LLAMA, MODELS, Checkpoints, Threads, free_port, on_processes, stepped
 
 from lutq.config import LayerConfig
 from lutq.decode import measure, reference
-from lutq.decode.bench import block_bytes
+from lutq.decode.bench import block_bytes, needed_bytes
+from lutq.decode.choose import make
 from lutq.decode.engine import Engine
 from lutq.decode.loop import continue_text
 from lutq.decode.shape import shape_of
 from lutq.decode.synthetic import synthetic_model
 from lutq.decode.weights import weights_of
 from lutq.errors import LutqError
+from lutq.generate import Sampling
 from lutq.hf import load
 from lutq.linear import LutLinear
 from lutq.pack import dequantize
 from lutq.parallel import load as loader
 from lutq.parallel.load import load_part
-from lutq.parallel.ranks import Ranks
+from lutq.parallel.ranks import ALONE, Ranks, join, side_by_side
 from lutq.parallel.score import Scorer
-from lutq.parallel.split import Part, check_split, part_layer, part_of
+from lutq.parallel.split import Part, check_split, part_layer, part_of, share
 
+CPU = torch.device("cpu")
 CASES = [(name, how, world) for name in MODELS for how in ("plain", "bcq") for world in (2, 4)]
 CASES += [("llama", "rows", 4), ("llama-tied", "rtn", 4)]
 
@@ -52,10 +55,8 @@ def relative(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def engine_of(model, ranks=None, capacity=64):
-    if ranks is None:
-        return Engine(weights_of(model), capacity)
-    return Engine(weights_of(model, ranks.world), capacity, 1, reference, None, ranks.sum, ranks.agree)
+def engine_of(model, ranks=ALONE, batch=1):
+    return Engine(weights_of(model, ranks.world), 64, batch, reference, None, ranks)
 
 
 def decoded(engine, ids, count):
@@ -75,8 +76,8 @@ def test_ranks_compute_what_one_process_does(checkpoint, name, how, world):
         logits, tokens = decoded(engine_of(model), ids, 20)
 
     def run(ranks):
-        part = load_part(path, ranks, torch.device("cpu"), torch.float32)
-        return *decoded(engine_of(part, ranks), ids, 20), Scorer(part, 11)(ids)
+        part = load_part(path, ranks, CPU, torch.float32)
+        return *decoded(engine_of(part, ranks), ids, 20), torch.stack(list(Scorer(part, 11)(ids)))
 
     expected = model(ids).logits.detach()
     for rank, (found, made, scored) in enumerate(Threads(world).run(run)):
@@ -95,7 +96,7 @@ def test_half_precision_differs_by_its_rounding(checkpoint, dtype):
         alone = decoded(engine_of(load(path, device="cpu", dtype=dtype)), ids, 1)[0]
 
     def run(ranks):
-        return decoded(engine_of(load_part(path, ranks, torch.device("cpu"), dtype), ranks), ids, 1)[0]
+        return decoded(engine_of(load_part(path, ranks, CPU, dtype), ranks), ids, 1)[0]
 
     ranks = Threads(4).run(run)
     assert all(torch.equal(ranks[0], other) for other in ranks[1:]), f"{dtype=}: ranks differ"
@@ -103,19 +104,44 @@ def test_half_precision_differs_by_its_rounding(checkpoint, dtype):
     assert four < 2 * one + 1e-6, f"{dtype=} {one=:.1e} {four=:.1e}"
 
 
-def test_rank_0_chooses_the_tokens(checkpoint):
-    """Rounding that differs between GPUs must not part the ranks."""
-    path, ids = checkpoint("llama", "bcq"), ids_of(11)
+def test_ranks_have_the_same_logits_for_several_sequences(checkpoint):
+    path, ids, given = checkpoint("llama-tied", "bcq"), ids_of(11, 3), ids_of(5, seed=1)[0]
+    with torch.inference_mode():
+        expected = stepped(engine_of(load(path, device="cpu"), batch=3), ids, given)
 
     def run(ranks):
-        part = load_part(path, ranks, torch.device("cpu"), torch.float32)
-        if ranks.rank:
-            part.lm_head.weight.neg_()
-        return decoded(engine_of(part, ranks), ids, 20)
+        return stepped(engine_of(load_part(path, ranks, CPU, torch.float32), ranks, batch=3), ids, given)
 
-    (first, tokens), (second, others) = Threads(2).run(run)
-    assert not torch.equal(first, second)
-    assert tokens == others
+    found = Threads(4).run(run)
+    error = relative(found[0], expected)
+    assert error < 1e-5, f"{error=:.1e}"
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def continued(ranks, path, ids, given):
+    """Logits after a prompt and given tokens; tokens after the prompt, chosen, and drawn with a seed of the rank's own."""
+    model, tokens, drawn = load(path, device="cpu", dtype="float32"), [], []
+    greedy = make("fast", model, 64, Sampling(temperature=0.0))
+    logits = stepped(greedy, ids, given)
+    continue_text(greedy, ids, 20, (), tokens.append)
+    torch.manual_seed(ranks.rank)
+    continue_text(make("fast", model, 64, Sampling(repetition_penalty=1.1)), ids, 20, (), drawn.append)
+    return logits, tokens, drawn
+
+
+@pytest.mark.parametrize(("name", "how", "world"), [("opt", "plain", 2), ("llama", "bcq", 4), ("llama-tied", "rtn", 2)])
+def test_processes_compute_what_one_does(checkpoint, tmp_path, name, how, world):
+    """Rank 0 draws the tokens: the others have other seeds."""
+    arguments = checkpoint(name, how), ids_of(11), ids_of(5, seed=1)[0]
+    with torch.inference_mode():
+        logits, tokens, drawn = continued(ALONE, *arguments)
+    assert tokens != drawn
+    found = on_processes(world, "cpu", tmp_path, continued, *arguments)
+    for rank, (same, chosen, random) in enumerate(found):
+        error = relative(same, logits)
+        assert error < 1e-5, f"{name=} {how=} {world=} {rank=} {error=:.1e}"
+        assert torch.equal(same, found[0][0]), f"{name=} {how=} {world=} {rank=}"
+        assert (chosen, random) == (tokens, drawn), f"{name=} {how=} {world=} {rank=}"
 
 
 # Parts
@@ -128,7 +154,24 @@ def test_kv_heads_are_shared_where_there_are_too_few():
     assert (shape.own_heads, shape.own_kv_heads, shape.own_inner) == (2, 1, 96)
     found = [part_of("model.layers.0.self_attn.k_proj", 32, 128, shape, rank).rows for rank in range(4)]
     assert found == [(0, 16), (0, 16), (16, 32), (16, 32)]
-    assert part_of("lm_head", 4096, 128, shape, 1) == Part((0, 4096), (0, 128))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("vocabulary", "world"), [(4096, 4), (4098, 4), (4099, 2), (50257, 8), (10, 7), (5, 4), (1, 2)])
+def test_shares_of_the_vocabulary_are_gathered(vocabulary, world, dtype):
+    from transformers import AutoConfig
+
+    shape = dataclasses.replace(shape_of(AutoConfig.for_model("llama", **LLAMA | {"vocab_size": vocabulary})), world=world)
+    whole = torch.randn(3, vocabulary, dtype=dtype)
+    shares = [share(shape, rank) for rank in range(world)]
+    assert {count for _, count in shares} == {-(-vocabulary // world)}
+    assert all(0 <= begin <= begin + count <= vocabulary for begin, count in shares), shares
+    begin, count = shares[-1]
+    assert part_of("lm_head", vocabulary, 128, shape, world - 1) == Part((begin, begin + count), (0, 128))
+    assert part_of("model.embed_tokens", vocabulary, 128, shape, 1) == Part((0, vocabulary), (0, 128))
+    found = torch.full_like(whole, torch.nan)
+    side_by_side(torch.stack([whole[:, begin : begin + count] for begin, count in shares]), found)
+    assert torch.equal(found, whole), f"{vocabulary=} {world=}"
 
 
 @pytest.mark.parametrize(
@@ -147,16 +190,28 @@ def test_numbers_of_processes_that_would_do_are_named(fields, world, packed, mes
         check_split(shape_of(AutoConfig.for_model("llama", **LLAMA | fields)), world, packed)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_too_few_gpus_are_an_error_of_every_rank(monkeypatch, rank):
+    """One that fails alone is silent, and the others would wait for it."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(LutqError, match=r"^2 processes take 2 GPUs and this host has 1: torchrun --nproc-per-node 1$"):
+        join("auto")
+
+
 def test_what_several_processes_cannot_share(tiny):
     with pytest.raises(LutqError, match=r"several processes cannot share this model: the model normalizes after .*; use one"):
-        load_part(tiny("opt-postnorm"), Ranks(0, 2), torch.device("cpu"), torch.float32)
+        load_part(tiny("opt-postnorm"), Ranks(0, 2), CPU, torch.float32)
 
 
 def test_parts_are_the_columns_of_the_whole(checkpoint):
     path, name = checkpoint("llama", "bcq"), "model.layers.1.mlp.down_proj"
     whole = load(path, device="cpu").get_submodule(name).dequantize()
     for rank in range(4):
-        module = load_part(path, Ranks(rank, 4), torch.device("cpu"), torch.float32).get_submodule(name)
+        module = load_part(path, Ranks(rank, 4), CPU, torch.float32).get_submodule(name)
         assert isinstance(module, LutLinear)
         assert module.layer.group == 32, "96 inputs of a group of 64 have 32 in common"
         assert torch.equal(module.dequantize(), whole[:, 96 * rank : 96 * (rank + 1)]), f"{rank=}"
@@ -183,9 +238,9 @@ def test_cut_groups(layer, columns):
     assert torch.equal(found, expected), f"{layer=} {columns=}"
 
 
-@pytest.mark.parametrize("how", ["plain", "bcq"])
-def test_no_rank_reads_a_whole_tensor_that_is_split(checkpoint, monkeypatch, how):
-    path, read, original = checkpoint("llama-tied", how), {}, loader.read_part
+@pytest.mark.parametrize(("name", "how"), [("llama-tied", "plain"), ("llama-tied", "bcq"), ("llama", "plain")])
+def test_no_rank_reads_a_whole_tensor_that_is_split(checkpoint, monkeypatch, name, how):
+    path, read, original = checkpoint(name, how), {}, loader.read_part
 
     def counting(file, key, index):
         tensor = original(file, key, index)
@@ -197,28 +252,41 @@ def test_no_rank_reads_a_whole_tensor_that_is_split(checkpoint, monkeypatch, how
     sizes = {}
     for rank in range(2):
         read.clear()
-        load_part(path, Ranks(rank, 2), torch.device("cpu"), torch.float32)
+        model = load_part(path, Ranks(rank, 2), CPU, torch.float32)
         sizes[rank] = dict(read)
+        head, table = model.lm_head.weight, model.get_input_embeddings().weight
+        first = share(shape_of(model.config, 2), rank)[0]
+        tied = head.data_ptr() == table[first].data_ptr()
+        assert tied == (name == "llama-tied"), "a tied head is a view of the embedding"
     whole = {key: spec.nbytes for key, spec in loader.tensor_specs(path / "model.safetensors").items()}
     for key, count in whole.items():
-        if count and re.search(r"_proj\.(weight|codes|scales|offsets)$", key):
+        if count and re.search(r"_proj\.(weight|codes|scales|offsets)$|lm_head", key):
             assert sizes[0][key] == sizes[1][key] == count / 2, key
-    assert not any("lm_head" in key for key in sizes[0]), "a tied head is read twice"
+    assert ("lm_head.weight" in sizes[0]) == (name == "llama"), "a tied head is read twice"
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_random_parts_have_the_sizes_of_parts(checkpoint, world):
-    path, layer = checkpoint("llama", "bcq"), LayerConfig(3, 64)
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_random_parts_have_the_sizes_of_parts(checkpoint, name, world):
+    path, layer = checkpoint(name, "bcq"), LayerConfig(3, 64)
     config = load(path, device="cpu").config
     for rank in range(world):
-        expected = load_part(path, Ranks(rank, world), torch.device("cpu"), torch.float32)
-        found = synthetic_model(config, layer, torch.device("cpu"), torch.float32, Ranks(rank, world))
-        for name, module in expected.named_modules():
+        expected = load_part(path, Ranks(rank, world), CPU, torch.float32)
+        found = synthetic_model(config, layer, CPU, torch.float32, Ranks(rank, world))
+        for path_to, module in expected.named_modules():
             if isinstance(module, LutLinear):
-                other = found.get_submodule(name)
+                other = found.get_submodule(path_to)
                 sizes = [(m.in_features, m.out_features, m.layer, m.bias is None) for m in (module, other)]
-                assert sizes[0] == sizes[1], f"{name} {rank=}"
+                assert sizes[0] == sizes[1], f"{path_to} {rank=}"
         weights = weights_of(found, world)
+        table, head = found.get_input_embeddings().weight, found.lm_head.weight
+        assert head.shape == expected.lm_head.weight.shape == (weights.shape.own_vocabulary, 128), f"{rank=}"
+        assert weights.head.nbytes == head.nbytes, "what a step reads of the head is the rank's part"
+        kept = table.untyped_storage().nbytes() + (0 if name == "llama-tied" else head.untyped_storage().nbytes())
+        tied = head.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
+        assert tied == (name == "llama-tied")
+        more = (weights.shape.layers + 1) * block_bytes(weights.shape, layer)
+        assert needed_bytes(weights.shape, tied, layer, 1, 0) == more + kept // 2, "fp16"
         blocks = weights.shape.layers * block_bytes(weights.shape, layer._replace(offsets=True))
         biases = sum(m.bias.nbytes for m in found.modules() if isinstance(m, LutLinear) and m.bias is not None)
         assert abs(weights.nbytes - weights.head.nbytes - biases - blocks) <= 0.1 * blocks, "smaller groups, more scales"
@@ -226,8 +294,11 @@ def test_random_parts_have_the_sizes_of_parts(checkpoint, world):
 
 def test_communication_is_a_kind_of_work_of_its_own(checkpoint, monkeypatch):
     calls, kind = [], []
-    engine = engine_of(load(checkpoint("opt", "plain"), device="cpu"), Ranks(0, 1))
-    engine.reduce, engine.agree = lambda y: calls.append("sum"), lambda token: calls.append("token")
+    engine = engine_of(load(checkpoint("opt", "plain"), device="cpu"))
+
+    class Counting:
+        def __getattr__(self, name):
+            return lambda *tensors: calls.append(name)
 
     def once(step, count):
         calls.clear()
@@ -237,11 +308,11 @@ def test_communication_is_a_kind_of_work_of_its_own(checkpoint, monkeypatch):
 
     monkeypatch.setattr(measure, "time_steps", once)
     monkeypatch.setattr(measure, "current", lambda: Ranks(0, 2))
-    reduce = engine.reduce
+    engine.ranks = ranks = Counting()
     with torch.inference_mode():
         assert list(measure.time_kinds(engine, 100)) == [*measure.KINDS, "communication"]
-    assert kind == [[], [], [], [], ["sum"] * 4 + ["token"]]
-    assert engine.reduce is reduce
+    assert kind == [[], [], [], [], ["sum"] * 4 + ["gather"]], "greedy tokens are the same everywhere"
+    assert engine.ranks is ranks
 
 
 # Processes
@@ -252,10 +323,7 @@ def start_ranks(start_lutq):
     """`start_ranks(world, *args)`: the command in as many processes as torchrun would start, with its environment."""
 
     def start(world, *args, **options):
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        common = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        common = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
         variables = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
         return [start_lutq(*args, env={k: str(v) for k, v in own.items()}, **options) for own in variables]
 

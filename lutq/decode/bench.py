@@ -6,6 +6,7 @@ compared with the read ceiling, which the same run measures. Every step is at th
 With several GPUs (torchrun, lutq/parallel) bytes, rates and memory are those of one, and the time of communication is given.
 """
 
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,10 @@ COLUMNS = {
 }
 
 
+class UnfitError(LutqError):
+    """A case that does not fit: on any rank if on one, so that all go on to the next."""
+
+
 class Greedy:
     """Settings of a Sampler: the largest logit."""
 
@@ -74,12 +79,12 @@ def block_bytes(shape: Shape, layer: LayerConfig | None) -> int:
 
 def needed_bytes(shape: Shape, tied: bool, layer: LayerConfig | None, batch: int, context: int) -> int:
     """Of a model with its cache, and as much again of one block, which is joined."""
-    kept = 2 * shape.vocabulary * shape.hidden * (1 if tied else 2)
+    kept = 2 * (shape.vocabulary + (0 if tied else shape.own_vocabulary)) * shape.hidden
     return (shape.layers + 1) * block_bytes(shape, layer) + kept + shape.cache_bytes(batch, context)
 
 
 def check_memory(shape: Shape, config: Any, layer: LayerConfig | None, batch: int, context: int, device: torch.device) -> None:
-    """Raise LutqError, saying what would fit, for a model that does not."""
+    """Raise UnfitError, saying what would fit, for a model that does not."""
     tied, free = config.tie_word_embeddings, 0.97 * current().least(free_memory(device))
     needed = needed_bytes(shape, tied, layer, batch, context)
     if needed <= free:
@@ -93,7 +98,7 @@ def check_memory(shape: Shape, config: Any, layer: LayerConfig | None, batch: in
         f"a context of {room:.0f}" if room > 0 else "",
     ]
     fitting = " or ".join(word for word in words if word) or "nothing of this shape"
-    raise LutqError(f"it needs {size(needed)} and {device} has {size(free)} free: {fitting} would fit")
+    raise UnfitError(f"it needs {size(needed)} and {device} has {size(free)} free: {fitting} would fit")
 
 
 def at_the_end(engine: Engine, context: int) -> None:
@@ -109,7 +114,7 @@ def fast_engine(model: Any, batch: int, context: int, device: torch.device) -> E
     from lutq.decode.steps import Kernels
 
     ranks = current()
-    engine = Engine(weights_of(model, ranks.world), context, batch, Kernels(device), None, ranks.sum, ranks.agree)
+    engine = Engine(weights_of(model, ranks.world), context, batch, Kernels(device), None, ranks)
     engine.capture()
     at_the_end(engine, context)
     return engine
@@ -144,26 +149,26 @@ def line(record: dict[str, Any]) -> str:
     """A record as a line of the table. Shares are percent of the step."""
     shares = [f"{100 * record['kinds_ms'][kind] / record['ms']:.0f}%" if record["kinds_ms"] else "" for kind in KINDS]
     if "communication" in record["kinds_ms"]:
-        sums = f"  sums over {record['gpus']} GPUs {100 * record['kinds_ms']['communication'] / record['ms']:.0f}%"
+        more = f"  communication of {record['gpus']} GPUs {100 * record['kinds_ms']['communication'] / record['ms']:.0f}%"
     else:
-        sums = ""
+        more = ""
     names = [record["model"], *(str(record[name]) for name in ("bits", "batch", "context"))]
     times = [f"{record['ms']:.3f}", f"{record['ms_p99']:.3f}", f"{record['tokens_per_second']:.0f}"]
     rates = [f"{record['bytes'] / 1e9:.2f}", f"{record['percent_of_ceiling']:.1f}%"]
     last = [f"{record['memory_bytes'] / 1e9:.2f}", f"{record['first_token_ms']:.1f}"]
-    return columns([*names, *times, *rates, *shares, *last]) + sums
+    return columns([*names, *times, *rates, *shares, *last]) + more
 
 
 def measure(
     name: str, layer: LayerConfig | None, batch: int, context: int, kind: str, replays: int, gpu: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The record of one case, without rates. Bytes and memory are of one GPU. Raises LutqError where it does not fit."""
+    """The record of one case, without rates. Bytes and memory are of one GPU. Raises LutqError; UnfitError if it does not fit."""
     config, ranks = read_config(name), current()
     check_split(shape_of(config), ranks.world, layer is not None)
     shape = shape_of(config, ranks.world)
     longest = shape.longest - (MORE if kind == "graph" else 0)
     if not 2 <= context <= longest:
-        raise LutqError(f"--context must be 2 to {longest} for {name} and --engine {kind}, not {context}")
+        raise UnfitError(f"--context must be 2 to {longest} for {name} and --engine {kind}, not {context}")
     check_memory(shape, config, layer, batch, context, gpu)
     torch.cuda.reset_peak_memory_stats(gpu)
     model = synthetic_model(config, layer, gpu, dtype, ranks)
@@ -251,11 +256,12 @@ def bench(
                 with out_of_memory(lambda name=name, b=b: f"{name} with {b} bits and a context of {context}: use fewer bits"):
                     record = measure(name, layers[b], sequences, context, engine, replays, gpu, activations)
             except LutqError as error:
-                if current().world > 1 and error.__cause__ is not None:  # memory ran out: the other ranks may wait for this one
+                if current().world > 1 and not isinstance(error, UnfitError):  # the other ranks may wait for this one
                     raise
                 echo(f"{name}, {b} bits, batch {sequences}: {error}")
                 continue
             finally:
+                gc.collect()  # an engine and its graph hold each other
                 torch.cuda.empty_cache()
             gbps = record["bytes"] / record["ms"] / 1e6
             record |= {

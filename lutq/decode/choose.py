@@ -29,7 +29,7 @@ def make(name: str, model: Any, capacity: int, settings: Settings) -> Any:
     if name == "fast":
         ranks = getattr(model, "ranks", ALONE)
         weights = weights_of(model, ranks.world)
-        engine: Any = Engine(weights, capacity, 1, functions_for(model), sampler, ranks.sum, ranks.agree)
+        engine: Any = Engine(weights, capacity, 1, functions_for(model), sampler, ranks)
     else:
         engine = General(model, capacity, sampler)
     engine.capture()

@@ -9,26 +9,43 @@
 The sum h += y is part of the norm that follows. h is fp32, where transformers rounds it to the model's dtype after every sum:
 the logits of both agree within that rounding. Sequences have positions of their own, so a batch may be ragged.
 
+A product of one row may be left unfinished, as sums that its reader adds up (`Sums` of products.py), except where it is summed
+over ranks, and the head's.
+
 `functions` are those of lutq/decode/reference.py or of steps.py. All memory is taken once. A rank of several (lutq/parallel)
-holds its heads and inner features (`Shape.world`), sums y over the ranks where `reduce` is called, and takes the token of rank 0
-where `agree` is.
+holds its heads, inner features and rows of the head (`Shape.world`): y is summed over the ranks, and logits are gathered, so that
+all have the same and choose the same token. Where it is drawn, that of rank 0 counts.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from lutq.decode import reference
 from lutq.decode.graph import Captured, Outbox, on_device
 from lutq.decode.prefill import prefill
+from lutq.decode.products import Product, Result, common_slabs, padded, place
 from lutq.decode.sampler import Sampler
 from lutq.decode.shape import RefusedError
-from lutq.decode.weights import Weights, rotation
+from lutq.decode.weights import Layer, Weights, rotation
 from lutq.errors import LutqError
+from lutq.parallel.ranks import ALONE, Ranks
 from lutq.runtime import free_memory, size
 
 ROUNDING = 64  # capacity in tokens is a multiple of it
+NORM_SUMS = 1 << 18  # numbers that a norm adds up at most: it has a few processors for that, a product all of them
+
+
+class Places(NamedTuple):
+    """Where the products of a layer leave their results: those of `inward` and `up` by product, and by part."""
+
+    inward: list[Result]
+    queries: list[Result]
+    out: Result
+    up: list[Result]
+    gates: list[Result]
+    down: Result
 
 
 class Engine:
@@ -46,15 +63,14 @@ class Engine:
         batch: int = 1,
         functions: Any = reference,
         sampler: Sampler | None = None,
-        reduce: Callable[[torch.Tensor], None] = lambda y: None,
-        agree: Callable[[torch.Tensor], None] = lambda token: None,
+        ranks: Ranks = ALONE,
     ) -> None:
         shape, device, dtype = weights.shape, weights.device, weights.dtype
         problem = functions.reason(shape, dtype, batch)
         if problem:
             raise RefusedError("fast", problem)
         self.weights, self.shape, self.functions = weights, shape, functions
-        self.reduce, self.agree, self.sampler, self.batch = reduce, agree, sampler, batch
+        self.ranks, self.sampler, self.batch = ranks, sampler, batch
         self.capacity = min(-(-capacity // ROUNDING) * ROUNDING, shape.longest)
         self.rotation = rotation(weights, self.capacity)
         self.scale = shape.head_size**-0.5
@@ -84,12 +100,42 @@ class Engine:
         self.h = empty(batch, shape.hidden, dtype=reference.wide(empty(0)).dtype)
         self.x, self.y = empty(batch, shape.hidden), empty(batch, shape.hidden)
         self.mixed, self.inner = empty(batch, shape.own_heads * shape.head_size), empty(batch, shape.own_inner)
-        self.logits = empty(batch, weights.head.N)
-        memory = empty(batch * widest)
-        self.places = [(layer.inward.place(memory, batch), layer.up.place(memory, batch)) for layer in weights.layers]
+        self.logits = empty(batch, shape.vocabulary)
+        self.own_logits = self.logits if shape.world == 1 else empty(batch, weights.head.N)
+        groups = [group for layer in weights.layers for group in self.groups(layer)]
+        most = max(slabs * sum(padded(product.N) for product in products) for products, slabs in groups)
+        memory, sums = empty(batch * widest), empty(most, dtype=torch.float32)
+        self.places = [self.places_of(layer, memory, sums) for layer in weights.layers]
         self.work = self.functions.workspace(shape, batch, self.capacity)
 
-    def forward(self) -> Iterator[tuple[int, torch.Tensor]]:
+    def groups(self, layer: Layer) -> list[tuple[Sequence[Product], int]]:
+        """Products of a layer whose results are read together, of inward, out, up and down, and how many slabs they leave.
+
+        None for a norm that would have too much to add, or where y is summed over ranks.
+        """
+        found = []
+        for products, for_norm in (
+            (layer.inward.products, False),
+            ([layer.out], True),
+            (layer.up.products, False),
+            ([layer.down], True),
+        ):
+            slabs = common_slabs(products, self.batch, self.weights.dtype)
+            if for_norm and (self.shape.world > 1 or slabs * self.shape.hidden > NORM_SUMS):
+                slabs = 0
+            found.append((products, slabs))
+        return found
+
+    def places_of(self, layer: Layer, memory: torch.Tensor, sums: torch.Tensor) -> Places:
+        """In flat memory, which layers share: a result has been read before the next is written there."""
+        y = self.y.view(-1)
+        inward, out, up, down = (
+            place(products, slabs, self.batch, sums if slabs else rows)
+            for (products, slabs), rows in zip(self.groups(layer), (memory, y, memory, y), strict=True)
+        )
+        return Places(inward, layer.inward.split(inward), out[0], up, layer.up.split(up), down[0])
+
+    def forward(self) -> Iterator[tuple[int, Result]]:
         """One token of every sequence: reads `token` and `position`, fills the cache there, and `logits` [batch, vocabulary].
 
         Gives (index, y) after every block, y being what is still to be added to h.
@@ -97,25 +143,26 @@ class Engine:
         do, shape, weights, y = self.functions, self.shape, self.weights, None
         do.embed(self.token, self.position, weights.table, weights.learned, self.h)
         for i, layer in enumerate(weights.layers):
-            (outputs, parts), (up_outputs, up_parts) = self.places[i]
+            at = self.places[i]
             do.norm(self.h, y, layer.attention_norm, self.x)
-            for product, output in zip(layer.inward.products, outputs, strict=True):
-                do.multiply(product, self.x, output)
-            q, k, v = (part.unflatten(1, (-1, shape.head_size)) for part in parts)
+            for product, result in zip(layer.inward.products, at.inward, strict=True):
+                do.multiply(product, self.x, result)
+            q, k, v = (part.unflatten(1, (-1, shape.head_size)) for part in at.queries)
             cache = (self.cache[i, 0], self.cache[i, 1])
             do.attention(q, k, v, cache, self.position, self.rotation, self.scale, self.mixed, self.work)
-            y = self.y
-            do.multiply(layer.out, self.mixed, y)
-            self.reduce(y)
-            do.norm(self.h, y, layer.norm, self.x)
-            for product, output in zip(layer.up.products, up_outputs, strict=True):
-                do.multiply(product, self.x, output)
-            do.activation(shape.activation, up_parts[0], up_parts[1] if shape.gated else None, self.inner)
+            do.multiply(layer.out, self.mixed, at.out)
+            self.ranks.sum(at.out)
+            do.norm(self.h, at.out, layer.norm, self.x)
+            for product, result in zip(layer.up.products, at.up, strict=True):
+                do.multiply(product, self.x, result)
+            do.activation(shape.activation, at.gates[0], at.gates[1] if shape.gated else None, self.inner)
+            y = at.down
             do.multiply(layer.down, self.inner, y)
-            self.reduce(y)
+            self.ranks.sum(y)
             yield i, y
         do.norm(self.h, y, weights.norm, self.x)
-        do.multiply(weights.head, self.x, self.logits)
+        do.multiply(weights.head, self.x, self.own_logits)
+        self.ranks.gather(self.own_logits, self.logits)
 
     def step(self) -> None:
         """One token of every sequence, and the next one chosen."""
@@ -130,7 +177,7 @@ class Engine:
         else:
             self.token.copy_(self.sampler(self.logits))
             self.position.add_(1).clamp_(max=self.capacity - 1)
-        self.agree(self.token)
+            self.ranks.agree(self.token)
 
     def capture(self) -> None:
         """Make the step a graph, before the first prompt: it is run once, which leaves marks in the cache."""

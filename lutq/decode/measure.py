@@ -67,18 +67,26 @@ class Only:
         return getattr(self.functions, name) if self.kind == "elementwise" else lambda *arguments: None
 
 
+class Silent:
+    """Ranks that exchange nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        """A call of `Ranks` that does nothing."""
+        return lambda *tensors: None
+
+
 def time_kinds(engine: Engine, count: int) -> dict[str, float]:
     """Milliseconds of each kind of work in a step: of graphs that do it alone, in the same order.
 
     Kernels of different kinds overlap a little, so the sum is not the time of a step. Several ranks (lutq/parallel) have one kind
-    more, `communication`: sums over the ranks and the token of rank 0, without waiting for a rank that has more to do.
+    more, `communication`: sums over the ranks and the gathered logits, without waiting for a rank that has more to do.
     """
-    functions, reduce, agree, found = engine.functions, engine.reduce, engine.agree, {}
+    functions, ranks, found = engine.functions, engine.ranks, {}
     for kind in (*KINDS, *(["communication"] if current().world > 1 else [])):
         engine.functions = Only(functions, kind, engine.weights.head)
-        engine.reduce, engine.agree = (reduce, agree) if kind == "communication" else (lambda y: None, lambda token: None)
+        engine.ranks = ranks if kind == "communication" else Silent()
         graph = Captured(engine.step, engine.weights.device)
         graph.capture(engine.functions.in_graph)
         found[kind] = time_steps(graph, count).ms
-    engine.functions, engine.reduce, engine.agree = functions, reduce, agree
+    engine.functions, engine.ranks = functions, ranks
     return found

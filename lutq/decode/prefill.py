@@ -18,13 +18,18 @@ CHUNK = 2048  # tokens
 
 def prefill(engine: "Engine", sequence: int, ids: torch.Tensor) -> None:
     """Put a prompt's ids [T] into a sequence's cache, its last position into `position` and its logits into `logits`."""
-    weights, h = engine.weights, None
+    h = None
     for begin in range(0, ids.shape[0], CHUNK):
         h = read_chunk(engine, sequence, ids[begin : begin + CHUNK], begin)
-    x = torch.empty_like(engine.x[:1])
-    engine.functions.norm(h[-1:], None, weights.norm, x)
-    engine.logits[sequence] = weights.head(x)[0]
+    fill_logits(engine, h[-1:], engine.logits[sequence, None])
     engine.position[sequence] = ids.shape[0] - 1
+
+
+def fill_logits(engine: "Engine", h: torch.Tensor, logits: torch.Tensor) -> None:
+    """Fill logits [C, vocabulary] by the residual stream h [C, hidden] after the last block."""
+    x = engine.x.new_empty(h.shape)
+    engine.functions.norm(h, None, engine.weights.norm, x)
+    engine.ranks.gather(engine.weights.head(x), logits)
 
 
 def read_chunk(engine: "Engine", sequence: int, ids: torch.Tensor, begin: int) -> torch.Tensor:
@@ -44,13 +49,13 @@ def read_chunk(engine: "Engine", sequence: int, ids: torch.Tensor, begin: int) -
         keys, values = engine.cache[i, :, sequence]
         keys[:, begin:end], values[:, begin:end] = k.transpose(0, 1), v.transpose(0, 1)
         y = layer.out(attend(q, keys[:, :end], values[:, :end], engine.scale))
-        engine.reduce(y)
+        engine.ranks.sum(y)
         do.norm(h, y, layer.norm, x)
         up = layer.up(x)
         inner = x.new_empty(C, shape.own_inner)
         do.activation(shape.activation, up[0], up[1] if shape.gated else None, inner)
         y = layer.down(inner)
-        engine.reduce(y)
+        engine.ranks.sum(y)
     h += y
     return h
 

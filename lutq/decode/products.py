@@ -1,27 +1,73 @@
 """Products y = x W^T + bias into given memory, and several with the same x joined into one without a second copy of W.
 
+For one row of x a product may leave y unfinished (`Sums`): to finish it costs whoever reads it less.
+
 Layers in kernel order (lutq/prepack.py) lie in panels of 64 rows: where all but the last have a multiple of 64 outputs, the
 panels of all of them one after the other are one layer. The layers keep slices of the joint tensor, so state dicts stay as they
 are. Linear layers are joined in the same way by rows.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from lutq.config import LayerConfig
 from lutq.linear import LutLinear
-from lutq.prepack import PANEL
+from lutq.prepack import PANEL, TILE
+
+
+class Sums(NamedTuple):
+    """A result [1, N] = slabs[0] + slabs[1] + ... + bias, in this order: slabs fp32 [S, N], bias [N] or None.
+
+    Slabs are `padded(N)` numbers apart, of the N of a whole product. Parts are made as of the tensor that it stands for.
+    """
+
+    slabs: torch.Tensor
+    bias: torch.Tensor | None
+
+    def split(self, sizes: Sequence[int], dim: int) -> list["Sums"]:
+        """See torch.split."""
+        biases = [None] * len(sizes) if self.bias is None else self.bias.split(list(sizes), dim - 1)
+        return [Sums(*parts) for parts in zip(self.slabs.split(list(sizes), dim), biases, strict=True)]
+
+    def unflatten(self, dim: int, sizes: Sequence[int]) -> "Sums":
+        """See torch.unflatten."""
+        bias = None if self.bias is None else self.bias.unflatten(dim - 1, sizes)
+        return Sums(self.slabs.unflatten(dim, sizes), bias)
+
+    def memory(self) -> torch.Tensor:
+        """What a product fills, [S, padded(N)]."""
+        stride = self.slabs.stride(0)
+        return self.slabs.as_strided((self.slabs.shape[0], stride), (stride, 1))
+
+    def finished(self) -> torch.Tensor:
+        """The result, fp32."""
+        total = self.slabs[0].clone()
+        for slab in (*self.slabs[1:], *([] if self.bias is None else [self.bias])):
+            total += slab
+        return total[None]
+
+
+Result = torch.Tensor | Sums
+
+
+def padded(N: int) -> int:
+    """Outputs from one slab to the next."""
+    return -(-N // TILE) * TILE
 
 
 class Product(Protocol):
-    """A product with N outputs and K inputs; `nbytes` of weights."""
+    """A product with N outputs and K inputs; `nbytes` of weights; bias [N] or None."""
 
     N: int
     K: int
     nbytes: int
+    bias: torch.Tensor | None
+
+    def slabs(self, M: int, dtype: torch.dtype) -> int:
+        """Slabs of K whose sums the product would rather leave for x [M, K], by `sums_into`; 0 where it finishes y."""
 
     def into(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Fill y [M, N] from x [M, K], both contiguous and M small."""
@@ -37,6 +83,10 @@ class Dense:
         self.weight, self.bias = weight, bias
         self.N, self.K = weight.shape
         self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+
+    def slabs(self, M: int, dtype: torch.dtype) -> int:
+        """See Product."""
+        return 0
 
     def into(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """See Product."""
@@ -75,6 +125,20 @@ class Packed:
         multiply = multiply_packed if fits_packed(self.ready, self.layer) else multiply_dense
         multiply(x, self.ready, self.bias, y, self.layer)
 
+    def slabs(self, M: int, dtype: torch.dtype) -> int:
+        """See Product. 0 also for a bias that is not as the kernels read it: in the dtype of x, on 16 bytes."""
+        from lutq.cuda import properties, sum_parts
+
+        if M > 1 or (self.bias is not None and (self.bias.dtype != dtype or self.bias.data_ptr() % 16)):
+            return 0
+        return sum_parts(self.ready, self.K, self.layer, properties(self.ready.codes.device))
+
+    def sums_into(self, x: torch.Tensor, sums: torch.Tensor) -> None:
+        """Fill sums [slabs, padded(N)] fp32, contiguous, from x [1, K]; bias is left out. Allocates as little as `into`."""
+        from lutq.cuda import multiply_sums
+
+        multiply_sums(x, self.ready, sums, self.N, self.layer)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See Product."""
         from lutq.cuda import multiply
@@ -83,11 +147,15 @@ class Packed:
 
 
 class Module:
-    """By a module's own forward: what is neither a Linear layer nor in kernel order."""
+    """By a module's own forward: what is neither a Linear layer nor in kernel order, or puts its inputs into another order."""
 
     def __init__(self, module: LutLinear) -> None:
-        self.module, self.N, self.K = module, module.out_features, module.in_features
+        self.module, self.N, self.K, self.bias = module, module.out_features, module.in_features, module.bias
         self.nbytes = sum(tensor.nbytes for tensor in (*module.buffers(), *module.parameters()))
+
+    def slabs(self, M: int, dtype: torch.dtype) -> int:
+        """See Product."""
+        return 0
 
     def into(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """See Product."""
@@ -101,7 +169,7 @@ class Module:
 def product_of(module: torch.nn.Module) -> Product:
     """The product that a layer computes."""
     if isinstance(module, LutLinear):
-        if module.prepack():
+        if type(module) is LutLinear and module.prepack():
             bias = None if module.bias is None else module.bias.detach()
             tensors = (module.kernel_codes, module.kernel_records, module.wide, bias)
             return Packed(*tensors, module.out_features, module.in_features, module.layer)
@@ -164,11 +232,27 @@ def join_dense(modules: Sequence[torch.nn.Linear]) -> Dense:
 def join(modules: Sequence[torch.nn.Module]) -> list[Product]:
     """Products for layers with the same x: one for all where possible, otherwise one each."""
     joint: Product | None = None
-    if len(modules) > 1 and all(isinstance(module, LutLinear) and module.prepack() for module in modules):
+    if len(modules) > 1 and all(type(module) is LutLinear and module.prepack() for module in modules):
         joint = join_packed(modules)
     elif len(modules) > 1 and all(type(module) is torch.nn.Linear for module in modules):
         joint = join_dense(modules)
     return [product_of(module) for module in modules] if joint is None else [joint]
+
+
+def common_slabs(products: Sequence[Product], M: int, dtype: torch.dtype) -> int:
+    """Slabs of products whose results are read together: 0 unless all leave as many."""
+    found = {product.slabs(M, dtype) for product in products}
+    return found.pop() if len(found) == 1 else 0
+
+
+def place(products: Sequence[Product], slabs: int, M: int, memory: torch.Tensor) -> list[Result]:
+    """Results one after the other in flat memory: contiguous [M, N], or, if there are slabs, Sums, the memory being fp32."""
+    results: list[Result] = []
+    for product in products:
+        rows, width = (slabs, padded(product.N)) if slabs else (M, product.N)
+        part, memory = memory[: rows * width].view(rows, width), memory[rows * width :]
+        results.append(Sums(part[:, : product.N], product.bias) if slabs else part)
+    return results
 
 
 class Parts:
@@ -179,16 +263,8 @@ class Parts:
         self.products = join(modules)
         self.nbytes = sum(product.nbytes for product in self.products)
 
-    def place(self, memory: torch.Tensor, M: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Outputs of the products, contiguous [M, N] in flat memory, and the parts [M, size], which may be slices of them."""
-        outputs, begin = [], 0
-        for product in self.products:
-            outputs.append(memory[begin : begin + M * product.N].view(M, product.N))
-            begin += M * product.N
-        return outputs, self.split(outputs)
-
-    def split(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The parts [M, size] of the outputs."""
+    def split(self, outputs: list[Result]) -> list[Result]:
+        """The parts [M, size] of the outputs, which may be slices of them."""
         return list(outputs[0].split(self.sizes, dim=1)) if len(outputs) == 1 else outputs
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:

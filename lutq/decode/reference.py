@@ -2,7 +2,7 @@
 
 The functions have the signatures of `lutq.decode.steps.Kernels`, an engine takes either. They fill tensors given to them. M is
 rows: sequences, or tokens of a prompt. h, the residual stream, is fp32; other numbers have the model's dtype and are computed
-with in fp32 (fp64 stays fp64).
+with in fp32 (fp64 stays fp64). The results of products may be unfinished (`Sums`).
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lutq.decode.products import Product
+from lutq.decode.products import Product, Result, Sums
 from lutq.decode.shape import Shape
 from lutq.decode.weights import Norm
 
@@ -43,9 +43,17 @@ def in_graph() -> Any:
     return contextlib.nullcontext()
 
 
-def multiply(product: Product, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Fill y [M, N] = x [M, K] W^T + bias."""
-    product.into(x, y)
+def finished(y: Result) -> torch.Tensor:
+    """The result of a product; one that was not finished is fp32."""
+    return y.finished() if isinstance(y, Sums) else y
+
+
+def multiply(product: Product, x: torch.Tensor, y: Result) -> None:
+    """Fill y [M, N] = x [M, K] W^T + bias, or its sums."""
+    if isinstance(y, Sums):
+        product.sums_into(x, y.memory())
+    else:
+        product.into(x, y)
 
 
 def embed(
@@ -55,10 +63,10 @@ def embed(
     h.copy_(table[token] if learned is None else wide(table[token]) + learned[position])
 
 
-def norm(h: torch.Tensor, y: torch.Tensor | None, by: Norm, x: torch.Tensor) -> None:
+def norm(h: torch.Tensor, y: Result | None, by: Norm, x: torch.Tensor) -> None:
     """Add y to h, and fill x with the norm of h. h [M, K] fp32, y and x [M, K]."""
     if y is not None:
-        h += y
+        h += finished(y)
     v = wide(h)
     if by.centered:
         v = v - v.mean(-1, keepdim=True)
@@ -74,9 +82,9 @@ def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.T
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Result,
+    k: Result,
+    v: Result,
     cache: tuple[torch.Tensor, torch.Tensor],
     position: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor] | None,
@@ -89,15 +97,16 @@ def attention(
     q [M, heads, D]; k, v [M, kv heads, D]; cache: keys and values [M, kv heads, capacity, D] each; position [M] int64;
     rotation: cosine and sine [capacity, D / 2]; y [M, heads D].
     """
+    q, k, v = finished(q), finished(k), finished(v)
     M, heads, D = q.shape
     kv_heads = k.shape[1]
     if rotation is not None:
         angles = rotation[0][position], rotation[1][position]
-        q, k = rotate(q, *angles), rotate(k, *angles).to(k.dtype)
+        q, k = rotate(q, *angles), rotate(k, *angles)
     rows = torch.arange(M, device=q.device)
     keys, values = cache
-    keys[rows, :, position] = k
-    values[rows, :, position] = v
+    keys[rows, :, position] = k.to(keys.dtype)
+    values[rows, :, position] = v.to(values.dtype)
     grouped = wide(q).view(M, kv_heads, heads // kv_heads, D)
     scores = scale * torch.einsum("mgrd,mgtd->mgrt", grouped, wide(keys))
     past = torch.arange(keys.shape[2], device=q.device) > position[:, None, None, None]
@@ -106,10 +115,10 @@ def attention(
     y.copy_(mixed.reshape(M, heads * D))
 
 
-def activation(function: str, gate: torch.Tensor, up: torch.Tensor | None, y: torch.Tensor) -> None:
+def activation(function: str, gate: Result, up: Result | None, y: torch.Tensor) -> None:
     """Fill y with f(gate) * up, or f(gate). All [M, F]."""
-    v = FUNCTIONS[function](wide(gate))
-    y.copy_(v if up is None else v * up)
+    v = FUNCTIONS[function](wide(finished(gate)))
+    y.copy_(v if up is None else v * finished(up))
 
 
 def choose(logits: torch.Tensor, token: torch.Tensor, position: torch.Tensor, last: int) -> None:

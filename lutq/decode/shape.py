@@ -24,9 +24,9 @@ class RefusedError(LutqError):
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a model. With `world` ranks, each has whole heads and an equal share of the inner features; where there are fewer
-    kv heads than ranks, several have the same one.
+    kv heads than ranks, several have the same one. Shares of the vocabulary are rounded up.
 
-    heads, kv_heads and inner are of the whole model; `longest` is its maximum of positions.
+    heads, kv_heads, inner and vocabulary are of the whole model; `longest` is its maximum of positions.
     """
 
     family: str
@@ -56,6 +56,11 @@ class Shape:
     def own_inner(self) -> int:
         """Features between the two products of a feed-forward block, of a rank."""
         return self.inner // self.world
+
+    @property
+    def own_vocabulary(self) -> int:
+        """Tokens whose logits a rank computes."""
+        return -(-self.vocabulary // self.world)
 
     def cache_bytes(self, batch: int, capacity: int, itemsize: int = 2) -> int:
         """Of keys and values of `capacity` tokens, of a rank."""

@@ -13,52 +13,63 @@ from typing import Any, NamedTuple
 import torch
 
 from lutq.cuda import DTYPES, Gpu, kernels, properties, start
-from lutq.decode.products import Product
+from lutq.decode import reference
+from lutq.decode.products import Product, Result, Sums
 from lutq.decode.shape import Shape
 from lutq.decode.weights import Norm
 
 FUNCTIONS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 MOST_HIDDEN, MOST_HEAD, MOST_ROWS, MOST_CLUSTER, MOST_BATCH = 16384, 128, 4, 8, 16
 BLOCKS = 3  # of attention that fit onto a processor
+SHARE = 256  # numbers of a block of a norm, at least, where it reads sums
 LONG = 512  # tokens of a block, from which on clusters share a context: to sum over them takes as long as some hundred tokens
 
 
-def structure(pointers: str, numbers: str, ints: str, floats: str = "") -> tuple[tuple[str, Any], ...]:
-    """Fields of a structure of kernels/decode.cu in order: pointers, int64, int and float."""
-    kinds = ((pointers, ctypes.c_void_p), (numbers, ctypes.c_int64), (ints, ctypes.c_int), (floats, ctypes.c_float))
-    return tuple((name, kind) for names, kind in kinds for name in names.split())
+class ResultArguments(ctypes.Structure):
+    """`Result` of kernels/decode.cu."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("stride", ctypes.c_int64), ("slabs", ctypes.c_int))
+
+
+FIELDS = (ResultArguments, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float)
+
+
+def structure(*names: str) -> tuple[tuple[str, Any], ...]:
+    """Fields of a structure of kernels/decode.cu in order: results, pointers, int64, int and float."""
+    return tuple((name, kind) for some, kind in zip(names, FIELDS, strict=False) for name in some.split())
 
 
 class EmbeddingArguments(ctypes.Structure):
     """`Embedding` of kernels/decode.cu."""
 
-    _fields_ = structure("token position table learned h", "", "M K dtype")
+    _fields_ = structure("", "token position table learned h", "", "M K dtype")
 
 
 class NormArguments(ctypes.Structure):
     """`Norm` of kernels/decode.cu."""
 
-    _fields_ = structure("h y weight bias x", "", "M K centered dtype", "eps")
+    _fields_ = structure("y", "h weight bias x", "", "M K centered cluster dtype", "eps")
 
 
 class ActivationArguments(ctypes.Structure):
     """`Activation` of kernels/decode.cu."""
 
-    _fields_ = structure("gate up y", "gate_stride up_stride", "M F function dtype")
+    _fields_ = structure("gate up", "y", "", "M F function dtype")
 
 
 class ChoiceArguments(ctypes.Structure):
     """`Choice` of kernels/decode.cu."""
 
-    _fields_ = structure("logits token position", "last", "M vocabulary dtype")
+    _fields_ = structure("", "logits token position", "last", "M vocabulary dtype")
 
 
 class AttentionArguments(ctypes.Structure):
     """`Attention` of kernels/decode.cu."""
 
     _fields_ = structure(
-        "q k v keys values y cosine sine position partial arrived",
-        "q_stride k_stride v_stride",
+        "q k v",
+        "keys values y cosine sine position partial arrived",
+        "",
         "M heads kv_heads D capacity rows cluster spread dtype ahead",
         "scale",
     )
@@ -89,6 +100,11 @@ def plan(batch: int, heads: int, kv_heads: int, capacity: int, gpu: Gpu) -> Plan
     return Plan(rows, cluster, max(1, min(splits // cluster, capacity // (cluster * LONG))))
 
 
+def shared_by(K: int, gpu: Gpu) -> int:
+    """Blocks that share a norm of K numbers which reads sums: a power of two."""
+    return min(MOST_CLUSTER, 1 << max(K // SHARE, 1).bit_length() - 1) if gpu.clusters else 1
+
+
 class Workspace(NamedTuple):
     """Of attention: its plan, partial sums (fp32) and counters (int32, 0 between launches)."""
 
@@ -100,6 +116,15 @@ class Workspace(NamedTuple):
 def address(tensor: torch.Tensor | None) -> int | None:
     """Of a tensor's data."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def result(y: Result | None) -> ResultArguments:
+    """Of a product, finished or not. Rows may be apart, what is in a row not."""
+    if y is None:
+        return ResultArguments()
+    if isinstance(y, Sums):
+        return ResultArguments(address(y.slabs), address(y.bias), y.slabs.stride(0), y.slabs.shape[0])
+    return ResultArguments(address(y), None, y.stride(0), 0)
 
 
 class Kernels:
@@ -138,9 +163,9 @@ class Kernels:
         finally:
             self.ahead = False
 
-    def multiply(self, product: Product, x: torch.Tensor, y: torch.Tensor) -> None:
+    def multiply(self, product: Product, x: torch.Tensor, y: Result) -> None:
         """See reference.py."""
-        product.into(x, y)
+        reference.multiply(product, x, y)
 
     def embed(
         self, token: torch.Tensor, position: torch.Tensor, table: torch.Tensor, learned: torch.Tensor | None, h: torch.Tensor
@@ -149,16 +174,20 @@ class Kernels:
         tensors = (address(tensor) for tensor in (token, position, table, learned, h))
         start(self.found.lutq_embedding, EmbeddingArguments(*tensors, *h.shape, DTYPES[table.dtype]))
 
-    def norm(self, h: torch.Tensor, y: torch.Tensor | None, by: Norm, x: torch.Tensor) -> None:
+    def norm(self, h: torch.Tensor, y: Result | None, by: Norm, x: torch.Tensor) -> None:
         """See reference.py."""
-        tensors = (address(tensor) for tensor in (h, y, by.weight, by.bias, x))
-        start(self.found.lutq_norm, NormArguments(*tensors, *x.shape, by.centered, DTYPES[x.dtype], by.eps))
+        tensors = (address(tensor) for tensor in (h, by.weight, by.bias, x))
+        cluster = shared_by(x.shape[1], self.gpu) if isinstance(y, Sums) else 1
+        start(
+            self.found.lutq_norm,
+            NormArguments(result(y), *tensors, *x.shape, by.centered, cluster, DTYPES[x.dtype], by.eps),
+        )
 
     def attention(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Result,
+        k: Result,
+        v: Result,
         cache: tuple[torch.Tensor, torch.Tensor],
         position: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
@@ -167,22 +196,21 @@ class Kernels:
         work: Workspace,
     ) -> None:
         """See reference.py. Rows of q, k and v may be apart, their heads not."""
-        (M, heads, D), (_, kv_heads, capacity, _) = q.shape, cache[0].shape
+        M, kv_heads, capacity, D = cache[0].shape
         cosine, sine = rotation or (None, None)
-        tensors = (q, k, v, *cache, y, cosine, sine, position, work.partial if work.partial.numel() else None, work.arrived)
+        tensors = (*cache, y, cosine, sine, position, work.partial if work.partial.numel() else None, work.arrived)
         a = AttentionArguments(
+            *(result(part) for part in (q, k, v)),
             *(address(tensor) for tensor in tensors),
-            *(tensor.stride(0) for tensor in (q, k, v)),
-            *(M, heads, kv_heads, D, capacity, *work.plan, DTYPES[q.dtype], self.ahead),
+            *(M, y.shape[1] // D, kv_heads, D, capacity, *work.plan, DTYPES[y.dtype], self.ahead),
             scale * math.log2(math.e),
         )
         start(self.found.lutq_attention, a)
 
-    def activation(self, function: str, gate: torch.Tensor, up: torch.Tensor | None, y: torch.Tensor) -> None:
+    def activation(self, function: str, gate: Result, up: Result | None, y: torch.Tensor) -> None:
         """See reference.py. Rows of gate and up may be apart."""
-        strides = gate.stride(0), 0 if up is None else up.stride(0)
-        tensors = (address(tensor) for tensor in (gate, up, y))
-        start(self.found.lutq_activation, ActivationArguments(*tensors, *strides, *y.shape, FUNCTIONS[function], DTYPES[y.dtype]))
+        a = ActivationArguments(result(gate), result(up), address(y), *y.shape, FUNCTIONS[function], DTYPES[y.dtype])
+        start(self.found.lutq_activation, a)
 
     def choose(self, logits: torch.Tensor, token: torch.Tensor, position: torch.Tensor, last: int) -> None:
         """See reference.py."""

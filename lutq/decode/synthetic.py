@@ -17,7 +17,7 @@ from lutq.errors import LutqError
 from lutq.linear import LutLinear
 from lutq.pack import Packed
 from lutq.parallel.ranks import ALONE, Ranks
-from lutq.parallel.split import part_layer, split_linears
+from lutq.parallel.split import part_layer, split_linears, tie_head
 from lutq.paths import shipped
 from lutq.prepack import UNIT, panels, units
 from lutq.structure import decoder_blocks, skeleton
@@ -104,7 +104,10 @@ def synthetic_model(
         if hasattr(module, "original_inv_freq"):  # a rotary embedding, which computes what it holds
             made = type(module)(config).to(device)
             module._buffers.update(made._buffers)
-    model.tie_weights()
+    if parts:
+        tie_head(model, parts)
+    else:
+        model.tie_weights()
     return model.eval()
 
 

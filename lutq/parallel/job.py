@@ -7,6 +7,7 @@ one sentence and all exit within seconds, with code 2, or 130 after Ctrl-C. torc
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ def job(verb: str, device: str, verbose: bool = False) -> Iterator[None]:
         yield
         return
     from lutq.parallel.ranks import join, launched
+    from lutq.parallel.watch import INTERRUPTED, PATIENCE, Watch
 
     if launched() == 1:
         yield
@@ -35,12 +37,11 @@ def job(verb: str, device: str, verbose: bool = False) -> Iterator[None]:
         if verb not in VERBS:
             raise LutqError("torchrun runs lutq generate, eval-ppl and bench decode: start the others without it")
         ranks = join(device)
-    except LutqError as error:
+    except LutqError:  # of all ranks
         if os.environ["RANK"] == "0":
             raise
-        os._exit(2 if error else 1)
-    from lutq.parallel.watch import INTERRUPTED, Watch
-
+        time.sleep(PATIENCE)  # torchrun would end rank 0 before it has said so
+        os._exit(2)
     if ranks.rank:
         sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115, open until the process ends
     watch = Watch(ranks)

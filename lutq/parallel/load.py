@@ -19,7 +19,7 @@ from lutq.errors import LutqError
 from lutq.linear import LutLinear
 from lutq.pack import Packed, words
 from lutq.parallel.ranks import Ranks
-from lutq.parallel.split import WORD, Part, check_split, split_linears
+from lutq.parallel.split import WORD, Part, check_split, split_linears, tie_head
 from lutq.runtime import dtype_name, out_of_memory
 from lutq.source import Source, load_bin, load_config, open_safetensors, read_json, tensor_specs
 from lutq.structure import match_tensors, read_structure, skeleton
@@ -76,7 +76,7 @@ def fill_packed(module: LutLinear, owner: str, part: Part, layer: LayerConfig, K
 
 
 def fill_parameters(model: Any, parts: dict[str, Part], read: Read, device: torch.device, dtype: torch.dtype) -> None:
-    """Give the parameters on the meta device what is theirs, in `dtype`; tied ones are left to transformers."""
+    """Give the parameters on the meta device what is theirs, in `dtype`, but for tied ones (`tie_head`)."""
     tied = set(model.all_tied_weights_keys)
     for owner, module in model.named_modules():
         for name, parameter in list(module._parameters.items()):
@@ -106,6 +106,9 @@ def load_part(path: Path, ranks: Ranks, device: torch.device, dtype: torch.dtype
         method = foreign.get("quant_method")
         raise LutqError(f"{path} was quantized by {method!r}: several processes take lutq's checkpoints and plain ones")
     layers = quantization.layers() if quantization else {}
+    if quantization and quantization.ordered:
+        name = quantization.ordered[0]
+        raise LutqError(f"{name} has inputs in an order of their own, which processes cannot share: use one, without torchrun")
     try:
         shape = dataclasses.replace(shape_of(config), world=ranks.world)
     except RefusedError as error:
@@ -131,7 +134,7 @@ def load_part(path: Path, ranks: Ranks, device: torch.device, dtype: torch.dtype
         for module in model.modules():
             if hasattr(module, "original_inv_freq"):  # a rotary embedding, which computes what it holds
                 module._buffers.update(type(module)(config).to(device)._buffers)
-        model.tie_weights()
+        tie_head(model, parts)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.ranks = ranks

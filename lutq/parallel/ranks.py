@@ -27,6 +27,16 @@ class Ranks(NamedTuple):
         if self.world > 1:
             dist.all_reduce(y)
 
+    def gather(self, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """Fill whole [M, N] with everyone's part [M, ceil(N / world)] of its columns: the same bits on every rank."""
+        if self.world == 1:
+            whole.copy_(part)  # does nothing where they are one tensor
+            return
+        parts = part.new_empty(self.world, *part.shape)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name in older torch
+        gather(parts.flatten(0, 1), part)  # gloo takes no third dimension
+        side_by_side(parts, whole)
+
     def agree(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by that of rank 0."""
         if self.world > 1:
@@ -57,6 +67,15 @@ class Ranks(NamedTuple):
         return bool(found.item())
 
 
+def side_by_side(parts: torch.Tensor, whole: torch.Tensor) -> None:
+    """Fill whole [M, N] with parts [world, M, ceil(N / world)] of its columns. Where N is no multiple of `world`, the last parts
+    begin before the end of those ahead (`share` of lutq/parallel/split.py), which count.
+    """
+    world, _, count = parts.shape
+    repeated = [max(0, (rank + 1) * count - whole.shape[1]) for rank in range(world)]
+    torch.cat([part[:, skip:] for part, skip in zip(parts, repeated, strict=True)], dim=1, out=whole)
+
+
 ALONE = Ranks()
 JOINED = [ALONE]  # what `current` says
 
@@ -83,9 +102,9 @@ def join(device: str = "auto") -> Ranks:
         raise LutqError(f"{world} processes have {world} devices: use --device auto, cuda or cpu, not {device!r}")
     has_gpu = device != "cpu" and torch.cuda.is_available()
     if has_gpu:
-        if local >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise LutqError(f"{world} processes take {world} GPUs and there are {count} here: torchrun --nproc-per-node {count}")
+        count = torch.cuda.device_count()
+        if world > count:  # on every rank, so that rank 0 says so
+            raise LutqError(f"{world} processes take {world} GPUs and this host has {count}: torchrun --nproc-per-node {count}")
         torch.cuda.set_device(local)
     resolve_device(device)
     place = {"device_id": torch.device("cuda", local)} if has_gpu else {}

@@ -4,6 +4,11 @@
     gate_proj, up_proj, fc1        rows: equal shares of the inner features
     o_proj, out_proj               columns: those of the rank's heads; the bias is rank 0's
     down_proj, fc2                 columns: those of the rank's inner features; the bias is rank 0's
+    lm_head                        rows: equal shares of the vocabulary, the last of which overlap where it cannot be divided
+
+The head is always cut: a step reads all of it, 1.2 GB in OPT-175B, and ranks that gather the logits need not be sent the token of
+rank 0. The embedding never is: a step reads one row of it, so that only memory would be saved, for one more sum per token. A tied
+head is a view of everyone's embedding.
 
 Columns of a packed layer are cut between words of 32 inputs. Where a cut falls inside a group, groups are made smaller, to their
 largest common divisor with the share, and keep their numbers: the weights stay the same bit for bit.
@@ -21,6 +26,7 @@ from lutq.linear import LutLinear
 
 WORD = 32
 KINDS = {"q_proj": "heads", "k_proj": "kv", "v_proj": "kv", "gate_proj": "inner", "up_proj": "inner", "fc1": "inner"}
+KINDS |= {"lm_head": "vocabulary"}
 MIXING = {"o_proj": "heads", "out_proj": "heads", "down_proj": "inner", "fc2": "inner"}  # cut by columns
 
 
@@ -41,13 +47,19 @@ class Part(NamedTuple):
         return self.columns[1] - self.columns[0]
 
 
+def share(shape: Shape, rank: int) -> tuple[int, int]:
+    """First token, and how many, of a rank's part of the vocabulary: equally many for all, so that they can be gathered."""
+    return min(rank * shape.own_vocabulary, shape.vocabulary - shape.own_vocabulary), shape.own_vocabulary
+
+
 def part_of(name: str, N: int, K: int, shape: Shape, rank: int) -> Part:
-    """The part of the layer `name` [N, K] that is a rank's; all of it for layers outside the blocks."""
+    """The part of the layer `name` [N, K] that is a rank's; all of it for layers that are not cut."""
     kind = name.rpartition(".")[2]
     ranges = {
         "heads": (rank * shape.own_heads * shape.head_size, shape.own_heads * shape.head_size),
         "kv": (rank * shape.kv_heads // shape.world * shape.head_size, shape.own_kv_heads * shape.head_size),
         "inner": (rank * shape.own_inner, shape.own_inner),
+        "vocabulary": share(shape, rank),
     }
     rows, columns = (0, N), (0, K)
     if kind in KINDS:
@@ -106,3 +118,11 @@ def split_linears(model: Any, shape: Shape, rank: int, layers: dict[str, LayerCo
             if parts[name] != Part((0, linear.out_features), (0, linear.in_features)) or name in layers:
                 model.set_submodule(name, part_linear(linear, parts[name], layers.get(name), rank))
     return parts
+
+
+def tie_head(model: Any, parts: dict[str, Part]) -> None:
+    """Make the head's part of a model with tied embeddings a view of the embedding."""
+    table = model.get_input_embeddings().weight.detach()
+    for key in model.all_tied_weights_keys:
+        owner = key.rpartition(".")[0]
+        model.get_submodule(owner).weight = torch.nn.Parameter(table[slice(*parts[owner].rows)], requires_grad=False)

@@ -3,21 +3,26 @@
 Where there are fewer GPUs than ranks, tests of several processes are skipped; parts are tested on one GPU, by ranks as threads.
 """
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from ranks import MODELS, Checkpoints, Threads
+from ranks import MODELS, Checkpoints, Threads, on_processes, stepped
 
 from lutq.config import QuantConfig
+from lutq.decode.choose import make
 from lutq.decode.engine import Engine
+from lutq.decode.loop import continue_text
 from lutq.decode.steps import Kernels
 from lutq.decode.weights import weights_of
+from lutq.generate import Sampling
 from lutq.hf import load
 from lutq.parallel.load import load_part
 from lutq.parallel.score import Scorer
@@ -28,36 +33,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 GPUS = torch.cuda.device_count()
 DEVICE = torch.device("cuda", 0)
 ROUNDING = {torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of logits, relative, through all layers
-STEPS = 24
+PROMPT, STEPS = 11, 24
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-# what each process runs: logits of the prompt and of captured steps that read given tokens, kept by rank 0
-WORKER = """
-import os, sys
-import torch
-from lutq.decode.choose import make
-from lutq.generate import Sampling
-from lutq.hf import load
-from lutq.parallel.ranks import join
-
-folder, tokens, out, dtype = sys.argv[1:]
-ranks, given = join("cuda"), torch.load(tokens).cuda()
-with torch.inference_mode():
-    engine = make("fast", load(folder, dtype=dtype), 64, Sampling(temperature=0.0))
-    assert engine.graph.graph is not None, "not captured"
-    logits = []
-    engine.prompt(given[None, :11])
-    for token in given[11:]:
-        logits.append(engine.logits.clone())
-        engine.token.fill_(token)
-        engine.advance()
-    logits.append(engine.logits.clone())
-    torch.cuda.synchronize()
-ranks.least(0)
-torch.save(torch.cat(logits).cpu(), f"{out}.{ranks.rank}")
-sys.stdout.flush()
-ranks.least(0)
-os._exit(0)
-"""
 
 
 def several(world):
@@ -83,23 +60,19 @@ def worst(found, expected):
 
 
 def given_tokens():
-    return torch.randint(3, 4096, (11 + STEPS,), generator=torch.Generator().manual_seed(0))
+    return torch.randint(3, 4096, (PROMPT + STEPS,), generator=torch.Generator().manual_seed(0))
 
 
-def stepped(engine, given):
-    """Logits after a prompt of 11 of the given tokens, and after each of the others."""
-    logits = []
-    engine.prompt(given[None, :11])
-    for token in given[11:]:
-        logits.append(engine.logits.clone())
-        engine.token.fill_(token)
-        engine.advance()
-    return torch.cat([*logits, engine.logits])
+def cut(given, device):
+    """A prompt [1, PROMPT] and the tokens that steps read."""
+    given = given.to(device)
+    return given[None, :PROMPT], given[PROMPT:]
 
 
 def one_process(folder, dtype, given):
     with torch.inference_mode():
-        return stepped(Engine(weights_of(load(folder, device=DEVICE, dtype=dtype)), 64, 1, Kernels(DEVICE)), given.to(DEVICE))
+        engine = Engine(weights_of(load(folder, device=DEVICE, dtype=dtype)), 64, 1, Kernels(DEVICE))
+        return stepped(engine, *cut(given, DEVICE))
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -112,17 +85,30 @@ def test_kernels_on_parts(checkpoint, name, how, world, dtype):
 
     def run(ranks):
         part = load_part(folder, ranks, DEVICE, dtype)
-        kernels = Kernels(DEVICE)
-        engine = Engine(weights_of(part, ranks.world), 64, 1, kernels, None, ranks.sum, ranks.agree)
-        return stepped(engine, given.to(DEVICE)), Scorer(part, 64)(given[None].to(DEVICE))[0]
+        engine = Engine(weights_of(part, ranks.world), 64, 1, Kernels(DEVICE), None, ranks)
+        (windows,) = Scorer(part, 64)(given[None].to(DEVICE))
+        return stepped(engine, *cut(given, DEVICE)), windows
 
     found = Threads(world).run(run)
     for rank, (logits, windows) in enumerate(found):
         error = worst(logits, expected)
         assert error < ROUNDING[dtype], f"{name=} {how=} {world=} {dtype=} {rank=} {error=:.1e}"
         assert torch.equal(logits, found[0][0]), f"ranks differ: {name=} {how=} {world=} {dtype=} {rank=}"
-        error = worst(windows[10:], expected)
+        error = worst(windows[PROMPT - 1 :], expected)
         assert error < ROUNDING[dtype], f"windows: {name=} {how=} {world=} {dtype=} {rank=} {error=:.1e}"
+
+
+def captured(ranks, folder, given, dtype):
+    """Logits of the prompt and of captured steps that read given tokens, and tokens drawn with a seed of the rank's own."""
+    model, drawn = load(folder, dtype=dtype), []
+    ids, given = cut(given, model.device)
+    engine = make("fast", model, 64, Sampling(temperature=0.0))
+    assert engine.graph.graph is not None, "not captured"
+    assert engine.own_logits.shape[1] < engine.logits.shape[1], "the head is not split"
+    logits = stepped(engine, ids, given).cpu()
+    torch.manual_seed(ranks.rank)
+    continue_text(make("fast", model, 64, Sampling()), ids, STEPS, (), drawn.append)
+    return logits, drawn
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -131,16 +117,13 @@ def test_kernels_on_parts(checkpoint, name, how, world, dtype):
 def test_captured_steps(checkpoint, tmp_path, name, world, dtype):
     folder, given = checkpoint(name, "bcq"), given_tokens()
     expected = one_process(folder, dtype, given).cpu()
-    torch.save(given, tmp_path / "tokens")
-    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
-    arguments = (folder, tmp_path / "tokens", tmp_path / "logits", str(dtype).removeprefix("torch."))
-    command = [*TORCHRUN, "--nproc-per-node", str(world), str(tmp_path / "worker.py"), *map(str, arguments)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    found = [torch.load(tmp_path / f"logits.{rank}") for rank in range(world)]
-    error = worst(found[0], expected)
+    (logits, drawn), *others = on_processes(world, "cuda", tmp_path, captured, folder, given, dtype)
+    error = worst(logits, expected)
     assert error < ROUNDING[dtype], f"{name=} {world=} {dtype=} {error=:.1e}"
-    assert all(torch.equal(found[0], other) for other in found[1:]), f"ranks differ: {name=} {world=} {dtype=}"
+    assert len(set(drawn)) > 1, drawn
+    for rank, (same, tokens) in enumerate(others, 1):
+        assert torch.equal(same, logits), f"{name=} {world=} {dtype=} {rank=}"
+        assert tokens == drawn, f"{name=} {world=} {dtype=} {rank=}"
 
 
 def lutq_on(world, *arguments, cwd):
@@ -175,20 +158,30 @@ def test_bench(tmp_path, world):
     assert 0 < record["kinds_ms"]["communication"] < record["ms"] * 2, record
 
 
+def children(pid):
+    """Processes of lutq that a process has started, in the order of their ids."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"lutq" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return sorted(found)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=str)
 @pytest.mark.parametrize("world", [several(2)])
 def test_processes_end_together(embedded3, tmp_path, world, number):
     command = [*TORCHRUN, "--nproc-per-node", str(world), "-m", "lutq", "eval-ppl", "--model", str(embedded3)]
     with (tmp_path / "err").open("w") as err:
         job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=err)
-    children = f"/proc/{job.pid}/task/{job.pid}/children"
     until = time.monotonic() + 120
     while "token/s" not in (tmp_path / "err").read_text():
         assert time.monotonic() < until, (tmp_path / "err").read_text()
         assert job.poll() is None, (tmp_path / "err").read_text()
         time.sleep(0.1)
-    with open(children) as file:  # noqa: PTH123, of the kernel
-        ranks = [int(pid) for pid in file.read().split()]
+    ranks = children(job.pid)
+    assert len(ranks) == world, ranks
     begin = time.monotonic()
     if number == signal.SIGKILL:
         os.kill(ranks[-1], number)
