@@ -8,6 +8,7 @@ in the same bits.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import sys
@@ -26,11 +27,12 @@ from lutq.errors import LutqError
 from lutq.fit import solve_layer
 from lutq.hessian import accumulate, damp
 from lutq.journal import Journal, fingerprint
-from lutq.pack import Packed
+from lutq.pack import PARTS, Nested, Packed, from_tensors, highest, to_tensors
 from lutq.refine import Tuner, block_error, divergence
 from lutq.report import CalibrationReport
 from lutq.runtime import progress_interval
 from lutq.store import FOLDER, Store
+from lutq.transform import scale_block, scaled
 from lutq.tunable import Tunable
 
 HESSIAN_TOKENS = 1 << 17  # of the calibration text that Hessians are made from; more is for tuning
@@ -40,20 +42,26 @@ HESSIAN_TOKENS = 1 << 17  # of the calibration text that Hessians are made from;
 class Calibrated:
     """What calibration made of a model. packed: quantized layers. vectors: tensors tuned on the way, by name, fp32.
 
-    errors: layer -> relative output error on the calibration text of the plain fit and of this one. distilled: see
-    `CalibrationReport`. text: the calibration text in words.
+    scales: what was folded into layers before their fit, as `lutq.transform.scaled` takes it. errors: layer -> relative output
+    error on the calibration text of the plain fit and of this one. distilled: see `CalibrationReport`. text: the calibration
+    text in words.
     """
 
-    packed: dict[str, Packed] = dataclasses.field(default_factory=dict)
+    packed: dict[str, Packed | Nested] = dataclasses.field(default_factory=dict)
     vectors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     distilled: tuple[float, float] | None = None
     text: str = ""
 
-    def layer(self, name: str, device: torch.device) -> Packed | None:
+    def layer(self, name: str, device: torch.device) -> Packed | Nested | None:
         """A quantized layer on `device`; None for one that calibration left to its plain fit."""
         packed = self.packed.get(name)
-        return packed and Packed(*(part if part is None else part.to(device) for part in packed))
+        return packed and from_tensors({part: tensor.to(device) for part, tensor in to_tensors(packed).items()})
+
+    def fitted(self, name: str, W: torch.Tensor) -> torch.Tensor:
+        """What a quantized layer stands for, fp32: W [N, K] of the source with all scales folded into it."""
+        return scaled(W.float(), name, self.scales)
 
     def figures(self) -> CalibrationReport | None:
         """What the report says; None without calibration."""
@@ -102,13 +110,16 @@ def calibrate(
             walk.blocks[i].to(device, torch.float32)
             if i < done:
                 figures = store.figures(i, digest)
-                install(walk, i, layers, store.load(f"block-{i}"))
+                kept = store.load(f"block-{i}")
+                install(walk, i, layers, kept["block"])
+                scales = kept["scales"]
             else:
-                figures, streams = calibrate_block(walk, i, streams, layers, config, bar)
-                store.finish_block(i, digest, figures, walk.blocks[i].state_dict(), streams)
+                figures, streams, scales = calibrate_block(walk, i, streams, layers, config, bar)
+                store.finish_block(i, digest, figures, {"block": walk.blocks[i].state_dict(), "scales": scales}, streams)
             result.errors |= {name: tuple(pair) for name, pair in figures.items()}
             result.packed |= {name: module.packed() for name, module in tunables(walk, i)}
             result.vectors |= vectors(walk, i)
+            result.scales |= scales
             walk.blocks[i].to(device if config.distill else "cpu")
             bar.update()
     if config.distill:
@@ -146,17 +157,19 @@ def block_digest(block: torch.nn.Module) -> str:
 
 def calibrate_block(
     walk: Blocks, i: int, streams: dict[str, torch.Tensor], layers: dict[str, LayerConfig], config: QuantConfig, bar: tqdm
-) -> tuple[dict[str, tuple[float, float]], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, tuple[float, float]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Solve and refine block i, which afterwards holds `Tunable` layers.
 
-    Returns the figures of its layers and the hidden states [n, L, d] behind it, of the quantized blocks and
-    of the original ones.
+    Returns the figures of its layers, the hidden states [n, L, d] behind it, of the quantized blocks and of the original
+    ones, and the scales that were folded into it.
     """
     block, prefix = walk.blocks[i], walk.name(i)
     original = walk.through(block, i, streams["original"]) if config.refine or config.distill else streams["original"]
     figures: dict[str, tuple[float, float]] = {}
     hidden = streams["quantized"]
     inputs = hidden[: max(1, HESSIAN_TOKENS // hidden.shape[1])]
+    say = functools.partial(bar.write, file=sys.stderr)
+    scales = scale_block(walk, i, inputs, layers, config, say) if config.scaling else {}
     for names in input_stages(walk, i, hidden):
         wanted = [name for name in names if f"{prefix}.{name}" in layers]
         if not wanted:
@@ -186,7 +199,7 @@ def calibrate_block(
         tuner.finish()
         bar.write(f"{prefix}  block error {tuner.first:.4f} -> {tuner.best_loss:.4f}", file=sys.stderr)
     store_rounded(block)
-    return figures, {"quantized": walk.through(block, i, hidden), "original": original}
+    return figures, {"quantized": walk.through(block, i, hidden), "original": original}, scales
 
 
 @torch.no_grad()
@@ -194,7 +207,7 @@ def store_rounded(module: torch.nn.Module) -> None:
     """Give every `Tunable` inside the values that a checkpoint would hold."""
     for layer in module.modules():
         if isinstance(layer, Tunable):
-            packed = layer.packed()
+            packed = highest(layer.packed())
             layer.codes = packed.codes
             layer.scales.copy_(packed.scales)
             if layer.offsets is not None:
@@ -208,7 +221,7 @@ def install(walk: Blocks, i: int, layers: dict[str, LayerConfig], state: dict[st
     state = {name: tensor.to(walk.device) for name, tensor in state.items()}
     for name, module in list(block.named_modules()):
         if isinstance(module, torch.nn.Linear) and f"{prefix}.{name}" in layers:
-            packed = Packed(state[f"{name}.codes"], state[f"{name}.scales"], state.get(f"{name}.offsets"))
+            packed = from_tensors({part: state[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state})
             W = module.weight.detach() if f"{name}.latent" in state else None
             tunable = Tunable(packed, module.in_features, layers[f"{prefix}.{name}"], module.bias, W)
             block.set_submodule(name, tunable.requires_grad_(requires_grad=False))

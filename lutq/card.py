@@ -1,7 +1,17 @@
 """The model card (README.md) of a quantized checkpoint."""
 
 from lutq import __version__
-from lutq.report import HEADER, Report, bits_per_weight, markdown_table, relative_error, rows, shorten
+from lutq.report import (
+    CONVERTED_HEADER,
+    HEADER,
+    Conversion,
+    Report,
+    bits_per_weight,
+    markdown_table,
+    relative_error,
+    rows,
+    shorten,
+)
 
 
 def model_card(report: Report) -> str:
@@ -17,6 +27,7 @@ def model_card(report: Report) -> str:
     calibration = "".join(
         f"\n* {title}: {words}" for title, words in (report.calibration.figures() if report.calibration else {}).items()
     )
+    precisions = "".join(f"\n* {title} {words}" for title, words in report.precisions().items())
     return f"""---
 base_model: {report.source}
 library_name: transformers
@@ -43,7 +54,7 @@ not load: transformers stops at a size mismatch of a tensor that is empty on pur
 {markdown_table(HEADER, rows(report.layers))}
 
 * bits per weight: {bits_per_weight(report.layers):.3f} in the quantized layers, scales and offsets included;
-  {8 * report.bytes_after / report.parameters:.3f} in the whole model
+  {8 * report.bytes_after / report.parameters:.3f} in the whole model{precisions}
 * size: {size(report.bytes_before)} before, {size(report.bytes_after)} after
 * relative error of the quantized weights (Frobenius): {relative_error(report.layers):.4f}{calibration}
 * Linear layers kept as they are: {len(report.kept)}{" (" + shorten(report.kept) + ")" if report.kept else ""}
@@ -55,6 +66,35 @@ The same checkpoint comes out of `lutq quantize {report.source} --recipe FILE` w
 ```toml
 {settings}
 {tables}```
+"""
+
+
+def converted_card(report: Conversion) -> str:
+    """The model card of a converted checkpoint, Markdown."""
+    figures = "\n".join(f"* {title}: {words}" for title, words in report.figures().items())
+    return f"""---
+base_model: {report.source}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [lutq, quantized]
+---
+
+# {report.source} for lutq
+
+`{report.source}`, quantized by {report.kind}, converted with lutq {__version__}: the same weights in lutq's bit-planes.
+
+```python
+import lutq
+
+model = lutq.load("path/of/this/directory")  # a transformers model
+```
+
+or on the command line `lutq generate "Once upon a time" --model DIR`. Without lutq the checkpoint does not load: transformers
+stops at a size mismatch of a tensor that is empty on purpose.
+
+{markdown_table(CONVERTED_HEADER, report.body())}
+
+{figures}
 """
 
 

@@ -29,6 +29,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N; auto is the GPU if
 Dtype = Annotated[str, typer.Option(help="Of activations: float16, bfloat16, float32; auto is float32 on the CPU.")]
 Backend = Annotated[str, typer.Option(help="Kernel of the quantized layers: auto, cuda or reference.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+Precision = Annotated[
+    Optional[int], typer.Option("--bits", help="A precision that the checkpoint serves, see `lutq info`; default: the highest.")
+]
 Model = Annotated[str, typer.Option(help="Checkpoint directory, hub id, or opt-tiny (embedded).")]
 
 
@@ -92,6 +95,9 @@ def root(
 def quantize(
     model: Annotated[Optional[str], typer.Argument(help="Hub id or checkpoint directory; default: the embedded model.")] = None,
     bits: Annotated[Optional[int], setting("bits", "Bit-planes per weight, 1 to 4.")] = None,
+    lowest_bits: Annotated[
+        Optional[int], setting("lowest_bits", "Serve every precision from this to --bits; 0: that alone.")
+    ] = None,
     group: Annotated[Optional[int], setting("group", "Inputs that share scales: a multiple of 32, or 0 for the row.")] = None,
     method: Annotated[Optional[str], setting("method", f"{', '.join(METHODS)}.")] = None,
     offsets: Annotated[Optional[bool], setting("offsets", "BCQ: one offset per group.", "--offsets/--no-offsets")] = None,
@@ -108,6 +114,9 @@ def quantize(
         Optional[int], setting("calib_length", "Tokens in each; 0 is the model's maximum, up to 2048.")
     ] = None,
     seed: Annotated[Optional[int], setting("seed", "Chooses the windows and their order.")] = None,
+    scaling: Annotated[
+        Optional[bool], setting("scaling", "Scale input channels, folded into the layers before.", "--scaling/--no-scaling")
+    ] = None,
     damping: Annotated[Optional[float], setting("damping", "feedback: part of the mean added to a Hessian's diagonal.")] = None,
     rounds: Annotated[Optional[int], setting("rounds", "feedback: refits of each group's grid.")] = None,
     sweeps: Annotated[Optional[int], setting("sweeps", "feedback: sweeps of coordinate descent at the end.")] = None,
@@ -139,9 +148,24 @@ def quantize(
 
 @app.command()
 @verb
+def convert(
+    model: Annotated[str, typer.Argument(help="Hub id or directory of a GPTQ, AWQ, AutoRound or compressed-tensors checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Output directory.")] = Path("lutq-out"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Convert a checkpoint that another program quantized to 2, 3 or 4 bits, its weights unchanged."""
+    from lutq.convert import convert_checkpoint
+
+    typer.echo(convert_checkpoint(model, out, overwrite=overwrite).summary())
+
+
+@app.command()
+@verb
 def generate(
     prompt: Annotated[Optional[str], typer.Argument(help="The text to continue; - or nothing: standard input.")] = None,
     model: Model = "lutq-out",
+    bits: Precision = None,
     file: Annotated[Optional[Path], typer.Option(help="Read the prompt from a file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 0.8,
@@ -169,7 +193,7 @@ def generate(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     check_engine(engine)
-    loaded = load(model, device=device, dtype=dtype, backend=backend)
+    loaded = load(model, device=device, dtype=dtype, backend=backend, bits=bits)
     tokenizer = load_tokenizer(locate(model)[0])
     if not chat:
         typer.echo(text, nl=False)
@@ -200,6 +224,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 def eval_ppl(
     dataset: Annotated[str, typer.Argument(help="wikitext2 (embedded), c4, ptb, or a text file.")] = "wikitext2",
     model: Model = "lutq-out",
+    bits: Precision = None,
     baseline: Annotated[Optional[str], typer.Option(help="A second model to compare with, measured first.")] = None,
     protocol: Annotated[str, typer.Option(help="gptq, raw, or context-N.")] = "gptq",
     max_windows: Annotated[Optional[int], typer.Option(help="Measure the first windows only.")] = None,
@@ -212,7 +237,7 @@ def eval_ppl(
     """Measure perplexity of a quantized or plain model."""
     from lutq.evaluate import compare, evaluate
 
-    results = evaluate(dataset, model, baseline, protocol, max_windows, json_file, device, dtype, backend)
+    results = evaluate(dataset, model, baseline, protocol, max_windows, json_file, device, dtype, backend, bits=bits)
     typer.echo(compare(results))
 
 

@@ -45,6 +45,8 @@ class QuantConfig:
     """Settings of one `lutq quantize` run.
 
     bits: bit-planes per weight, 1 to 4.
+    lowest_bits: the checkpoint serves every precision from this one to `bits`, each with scales of its own (see
+        lutq/nested.py). 0: `bits` alone.
     group: inputs that share one set of scales, a multiple of 32, or 0 for the whole row.
     method: `rtn` (uniform grid), `greedy` or `alternating` (BCQ grid, see lutq/bcq.py), or `feedback` (BCQ grid fitted to the
         layer's outputs on a calibration text, see lutq/solve.py).
@@ -55,9 +57,11 @@ class QuantConfig:
         the `greedy` one, or `best`: the latter two, keeping per group the smaller squared error.
     iterations, tolerance: `alternating` stops after so many rounds, or when a round lowers the squared error of the rows
         at hand by less than this fraction. `feedback` starts from such fits.
-    calib: the calibration text of `feedback`, `refine` and `distill`: books, wikitext2, c4, ptb (their training splits) or a
-        text file. calib_windows: windows of it. calib_length: tokens in each, 0 for the model's maximum up to 2048. seed:
-        chooses the windows and their order.
+    calib: the calibration text of `feedback`, `scaling`, `refine` and `distill`: books, wikitext2, c4, ptb (their training
+        splits) or a text file. calib_windows: windows of it. calib_length: tokens in each, 0 for the model's maximum up to
+        2048. seed: chooses the windows and their order.
+    scaling: before the fit, search scales of the input channels of each layer, folded into the norm or layer before it
+        (AWQ; see lutq/transform.py). BCQ grids only.
     damping: `feedback` adds this part of the mean of a Hessian's diagonal to the diagonal; more where it must.
     rounds: `feedback` refits each group's grid so many times. sweeps: of coordinate descent after that.
     refine: passes over the windows that tune each block's scales, offsets, norms and biases to the original block's outputs
@@ -73,6 +77,7 @@ class QuantConfig:
     """
 
     bits: int = 3
+    lowest_bits: int = 0
     group: int = 128
     method: str = "alternating"
     offsets: bool = True
@@ -85,6 +90,7 @@ class QuantConfig:
     calib_windows: int = 64
     calib_length: int = 0
     seed: int = 0
+    scaling: bool = False
     damping: float = 0.01
     rounds: int = 8
     sweeps: int = 8
@@ -130,8 +136,27 @@ class QuantConfig:
             raise LutqError(f"calib_length must be 2 or more, or 0 for the model's maximum; not {self.calib_length}")
         if self.method == "rtn" and (self.refine or self.distill):
             raise LutqError(f"{'refine' if self.refine else 'distill'} tunes BCQ grids and method is 'rtn': use another method")
+        if self.method == "rtn" and self.scaling:
+            raise LutqError("scaling is for BCQ grids and method is 'rtn': use another method")
         for pattern, table in self.overrides.items():
             check_override(pattern, table)
+        if self.lowest_bits:
+            self._check_precisions()
+
+    def _check_precisions(self) -> None:
+        """Raise LutqError for settings that an any-precision checkpoint cannot have."""
+        if not 1 <= self.lowest_bits < self.bits:
+            raise LutqError(
+                f"lowest_bits must be at least 1 and less than bits ({self.bits}), or 0 for one precision; not {self.lowest_bits}"
+            )
+        if self.method == "rtn":
+            raise LutqError("lowest_bits adds planes to a BCQ grid and method is 'rtn': use feedback or alternating")
+        if self.refine or self.distill:
+            stage = "refine" if self.refine else "distill"
+            raise LutqError(f"{stage} tunes one precision and lowest_bits asks for several: leave one of the two out")
+        others = [table["bits"] for table in self.overrides.values() if table.get("bits", self.bits) != self.bits]
+        if self.target_bpw or others or self.head_bits not in (self.bits, KEEP_BITS):
+            raise LutqError(f"lowest_bits needs {self.bits} bits in every layer: leave out target_bpw and bits that differ")
 
     @property
     def grid(self) -> str:
@@ -141,7 +166,7 @@ class QuantConfig:
     @property
     def calibrated(self) -> bool:
         """Whether a calibration text takes part."""
-        return self.method == "feedback" or self.refine > 0 or self.distill > 0
+        return self.method == "feedback" or self.scaling or self.refine > 0 or self.distill > 0
 
     def layer(self, name: str, is_head: bool = False) -> LayerConfig | None:
         """Settings of the Linear layer called `name`, or None where it is kept as it is."""

@@ -170,8 +170,9 @@ def evaluate(
     dtype: str = "auto",
     backend: str = "auto",
     progress: bool = True,
+    bits: int | None = None,
 ) -> list[Perplexity]:
-    """Perplexity of `model`, after that of `baseline` if given; written to `json_file` if given.
+    """Perplexity of `model`, loaded at `bits` bits, after that of `baseline` if given; written to `json_file` if given.
 
     Arguments as the flags of `lutq eval-ppl`. Raises LutqError.
     """
@@ -185,8 +186,10 @@ def evaluate(
     check_folders(json_file)
     text = load_text(dataset, protocol)
     results = []
-    for name in filter(None, (baseline, model)):
-        loaded = load(name, device=device, dtype=dtype, backend=backend)
+    for name, precision in ((baseline, None), (model, bits)):
+        if name is None:
+            continue
+        loaded = load(name, device=device, dtype=dtype, backend=backend, bits=precision)
         results.append(measure(loaded, load_tokenizer(locate(name)[0]), text, name, protocol, max_windows, progress))
         del loaded
     if json_file is not None and current().rank == 0:

@@ -5,29 +5,45 @@ Rows are taken in chunks of bounded memory and cut into groups; a short last gro
 over which `alternating` decides when to stop, depends on the device only: a matrix always gives the same codes on a device.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 
-from lutq import bcq, solve, uniform
+from lutq import bcq, nested, solve, uniform
 from lutq.config import LayerConfig, QuantConfig
-from lutq.pack import Packed, dequantize, group_size, pack_bits, unpack_bits
+from lutq.pack import (
+    Nested,
+    Packed,
+    dequantize,
+    from_tensors,
+    group_size,
+    highest,
+    lower_name,
+    pack_bits,
+    to_tensors,
+    unpack_bits,
+)
 
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights at a time; a fit needs about 100 bytes for each
 
 
-def fit(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed:
+def fit(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed | Nested:
     """Quantize W [N, K] (any float dtype, fitted in fp32 where it lies) without any data but the weights."""
     N, K = W.shape
     rows = max(1, CHUNK.get(W.device.type, CHUNK["cpu"]) // K)
-    chunks = [fit_rows(W[begin : begin + rows].float(), layer, config) for begin in range(0, N, rows)]
-    rows_of = {"codes": 1, "scales": 1, "offsets": 0, "zero_points": 0}  # dimension of N
-    parts = {name: [getattr(chunk, name) for chunk in chunks] for name in rows_of}
-    return Packed(**{name: None if tensors[0] is None else torch.cat(tensors, rows_of[name]) for name, tensors in parts.items()})
+    chunks = [to_tensors(fit_rows(W[begin : begin + rows].float(), layer, config)) for begin in range(0, N, rows)]
+    rows_of = {name: 0 if name.startswith(("offsets", "zero_points")) else 1 for name in chunks[0]}  # dimension of N
+    return from_tensors({name: torch.cat([chunk[name] for chunk in chunks], rows_of[name]) for name in rows_of})
 
 
-def fit_rows(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed:
+def fit_rows(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed | Nested:
     """`fit` for an fp32 [rows, K] that is small enough to be done at once."""
     rows, K = W.shape
     g = group_size(layer.group, K)
+    if config.lowest_bits:
+        lowest, alone = at_lowest(layer, config)
+        return nest(fit_rows(W, lowest, alone), K, layer, lambda lower: nested.extend_layer(W, lower, g, config.iterations))
     whole = K // g * g
     parts = [W[:, :whole].unflatten(1, (-1, g)), W[:, whole:].unsqueeze(1)] if K % g else [W.unflatten(1, (-1, g))]
     fits = []
@@ -56,30 +72,60 @@ def fit_groups(w: torch.Tensor, bits: int, config: QuantConfig) -> tuple[torch.T
     return bcq.alternating(w, bits, config.offsets, *search)
 
 
-def solve_layer(W: torch.Tensor, H: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> tuple[Packed, float, float]:
+def at_lowest(layer: LayerConfig, config: QuantConfig) -> tuple[LayerConfig, QuantConfig]:
+    """A layer at the lowest of its precisions, and the settings for it alone."""
+    return layer._replace(bits=config.lowest_bits), dataclasses.replace(config, lowest_bits=0, bits=config.lowest_bits)
+
+
+def nest(lowest: Packed, K: int, layer: LayerConfig, add_plane: Callable[[bcq.Bcq], bcq.Bcq]) -> Nested:
+    """All precisions from `lowest` to that of `layer`, each made from the one before by `add_plane`."""
+    tensors, packed = {}, lowest
+    while len(packed.codes) < layer.bits:
+        bits = len(packed.codes)
+        tensors |= {lower_name(name, bits): tensor for name, tensor in to_tensors(packed).items() if name != "codes"}
+        packed = pack(add_plane(unpack(packed, K)))
+    return Nested(packed, tensors)
+
+
+def unpack(packed: Packed, K: int) -> bcq.Bcq:
+    """Planes bool [b, N, K] and the grid in fp32 of a packed matrix on the bcq grid."""
+    offsets = None if packed.offsets is None else packed.offsets.float()
+    return bcq.Bcq(unpack_bits(packed.codes, K), packed.scales.float(), offsets)
+
+
+def pack(fit: bcq.Bcq) -> Packed:
+    """The inverse of `unpack`."""
+    return Packed(pack_bits(fit.planes), fit.scales.half(), None if fit.offsets is None else fit.offsets.half())
+
+
+def solve_layer(
+    W: torch.Tensor, H: torch.Tensor, layer: LayerConfig, config: QuantConfig
+) -> tuple[Packed | Nested, float, float]:
     """Quantize W fp32 [N, K] with H [K, K]; relative output errors of the plain fit and of the result, which is never more.
 
-    Methods other than `feedback` are plain fits.
+    Methods other than `feedback` are plain fits. With several precisions the errors are those of the highest, and it is no
+    precision that is never worse than the one below.
     """
     K = W.shape[1]
     g = group_size(layer.group, K)
-    plain = fit(W, layer, config)
     size = (W @ H * W).sum().clamp(min=1e-30)
-    losses = solve.loss(W, dequantize(*plain, layer.group, layer.grid, K), H)
-    before = (losses.sum() / size).sqrt().item()
+
+    def losses(packed: Packed | Nested) -> torch.Tensor:
+        return solve.loss(W, dequantize(*highest(packed), layer.group, layer.grid, K), H)
+
+    def relative(losses: torch.Tensor) -> float:
+        return (losses.sum() / size).sqrt().item()
+
+    plain = fit(W, layer, config)
+    before = losses(plain)
     if config.method != "feedback":
-        return plain, before, before
-    solved = solve.solve(W, H, layer.bits, g, layer.offsets, config.rounds, config.iterations)
-    better = solve.loss(W, solve.dense(solved, g), H) < losses
-    offsets = None
-    if layer.offsets:
-        offsets = torch.where(better[:, None], solved.offsets, plain.offsets.float())
-    planes = torch.where(better[:, None], solved.planes, unpack_bits(plain.codes, K))
-    chosen = bcq.Bcq(planes, torch.where(better[:, None], solved.scales, plain.scales.float()), offsets)
-    chosen = solve.descend(W, H, chosen, g, config.sweeps)
-    after = (solve.loss(W, solve.dense(chosen, g), H).sum() / size).sqrt().item()
-    return (
-        Packed(pack_bits(chosen.planes), chosen.scales.half(), None if offsets is None else chosen.offsets.half()),
-        before,
-        after,
-    )
+        return plain, relative(before), relative(before)
+    settings = config.rounds, config.iterations
+    if config.lowest_bits:
+        lowest, _, _ = solve_layer(W, H, *at_lowest(layer, config))
+        result = nest(lowest, K, layer, lambda lower: nested.solve(W, H, lower, g, *settings, config.sweeps))
+    else:
+        solved = solve.solve(W, H, layer.bits, g, layer.offsets, *settings)
+        better = solve.loss(W, solve.dense(solved, g), H) < before
+        result = pack(solve.descend(W, H, solve.choose_rows(better, solved, unpack(plain, K)), g, config.sweeps))
+    return result, relative(before), relative(losses(result))

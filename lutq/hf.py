@@ -8,11 +8,12 @@ for every tool.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -20,9 +21,11 @@ from lutq.config import FORMAT_VERSION, LayerConfig, check_bits, check_group
 from lutq.errors import LutqError
 from lutq.linear import LutLinear
 from lutq.ops import choose_backend
-from lutq.pack import Packed
+from lutq.ordered import OrderedLinear
+from lutq.pack import LOWER, Packed, lower_shapes
 from lutq.parallel.load import load_part
 from lutq.parallel.ranks import current
+from lutq.precisions import choose, contents, state_dict
 from lutq.runtime import dtype_name, free_memory, out_of_memory, resolve_device, resolve_dtype, size
 from lutq.shards import Spec
 from lutq.source import Source, load_config, locate, read_json, shard_files, tensor_specs
@@ -34,8 +37,13 @@ class LutqConfig(QuantizationConfigMixin):
     """The `quantization_config` of a lutq checkpoint.
 
     modules: name of each quantized Linear layer -> fields of `LayerConfig`. settings: what `lutq quantize` was asked.
+    lowest_bits: each layer can be loaded at every precision from this to its own; 0: at its own only (lutq/precisions.py).
+    ordered: those whose columns are in an order of their own, see lutq/ordered.py.
     Raises LutqError for a format this version cannot read.
     """
+
+    lowest_bits = 0
+    ordered: Sequence[str] = ()
 
     def __init__(
         self,
@@ -44,6 +52,8 @@ class LutqConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         lutq_version: str = "",
         settings: dict[str, Any] | None = None,
+        lowest_bits: int = 0,
+        ordered: Sequence[str] = (),
         quant_method: str = "lutq",
         **unknown: Any,
     ) -> None:
@@ -56,6 +66,10 @@ class LutqConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.modules, self.guard = modules or {}, guard
         self.format_version, self.lutq_version, self.settings = format_version, lutq_version, settings or {}
+        if lowest_bits:  # written only where there is something to choose
+            self.lowest_bits = lowest_bits
+        if ordered:
+            self.ordered = ordered
 
     def layers(self) -> dict[str, LayerConfig]:
         """Module name -> how it is stored. Raises LutqError for fields that this version does not know."""
@@ -69,7 +83,19 @@ class LutqConfig(QuantizationConfigMixin):
             check_group(layer.group, f"{where}.group")
             if layer.grid not in ("bcq", "uniform") or type(layer.offsets) is not bool:
                 raise LutqError(f"{where} has values this version does not know: {layer._asdict()}: pip install --upgrade lutq")
+        found = {layer.bits for layer in layers.values()}
+        if self.lowest_bits and not (type(self.lowest_bits) is int and len(found) == 1 and 0 < self.lowest_bits < max(found)):
+            raise LutqError(
+                f"quantization_config.lowest_bits is {self.lowest_bits!r} and must be at least 1 and less than the bits of the "
+                "layers, which must be equal: quantize again"
+            )
         return layers
+
+    def at(self, bits: int | None) -> "LutqConfig":
+        """The config of an ordinary model of `bits` bits, or None for all that each layer has."""
+        layers = self.layers()
+        modules = {name: (layer._replace(bits=bits) if bits else layer)._asdict() for name, layer in layers.items()}
+        return LutqConfig(**self.to_dict() | {"modules": modules, "lowest_bits": 0})
 
 
 @register_quantizer("lutq")
@@ -85,8 +111,9 @@ class LutqHfQuantizer(HfQuantizer):
         replace_linears(model, self.quantization_config)
         if checkpoint_files:
             check_tensors(model, self.quantization_config, [Path(file) for file in checkpoint_files])
-        guard = re.escape(self.quantization_config.guard)
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), f"^{guard}$"}
+        ignored = {f"^{re.escape(self.quantization_config.guard)}$", rf"\.({'|'.join(LOWER)})$"}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+        self.quantization_config = self.quantization_config.at(None)  # of the model, whatever else the files serve
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -132,11 +159,12 @@ def replace_linears(model: torch.nn.Module, quantization: LutqConfig) -> None:
             raise LutqError(
                 f"quantization_config names {name}, which is no Linear layer of {type(model).__name__}: quantize again"
             )
-        model.set_submodule(name, LutLinear(linear.in_features, linear.out_features, layer, linear.bias, device="meta"))
+        kind = OrderedLinear if name in quantization.ordered else LutLinear
+        model.set_submodule(name, kind(linear.in_features, linear.out_features, layer, linear.bias, device="meta"))
 
 
 def check_tensors(model: torch.nn.Module, quantization: LutqConfig, files: list[Path]) -> None:
-    """Raise LutqError unless the files hold exactly the tensors of `model`, and the guard.
+    """Raise LutqError unless the files hold exactly the tensors of `model`, those of lower precisions, and the guard.
 
     Headers are compared only; transformers itself checks neither the shapes of a quantized model nor leftovers.
     """
@@ -144,18 +172,23 @@ def check_tensors(model: torch.nn.Module, quantization: LutqConfig, files: list[
     for file in files:
         found |= tensor_specs(file)
     state = model.state_dict()
-    wanted, tied = tensor_shapes(model)
-    for key, shape in wanted.items():
-        if key in tied:
-            continue
-        packed = key.rpartition(".")[2] in Packed._fields
-        want = Spec(shape, state[key].dtype if packed or key not in found else found[key].dtype)
+    shapes, tied = tensor_shapes(model)
+    wanted = {}
+    for key, shape in shapes.items():
+        if key not in tied:
+            packed = key.rpartition(".")[2] in (*Packed._fields, "input_order")
+            wanted[key] = Spec(shape, state[key].dtype if packed or key not in found else found[key].dtype)
+    for name, layer in quantization.layers().items():
+        module = model.get_submodule(name)
+        lower = lower_shapes(module.out_features, module.in_features, layer, quantization.lowest_bits)
+        wanted |= {f"{name}.{part}": Spec(*spec) for part, spec in lower.items()}
+    for key, want in wanted.items():
         if found.get(key) != want:
             have = f"has shape {describe(found[key])} there" if key in found else "is missing"
             raise LutqError(
                 f"config.json asks for {key} of shape {describe(want)}, but it {have}: copy or quantize the model again"
             )
-    unknown = sorted(set(found) - set(wanted) - {quantization.guard})
+    unknown = sorted(set(found) - set(wanted) - set(tied) - {quantization.guard})
     if unknown:
         raise LutqError(f"{unknown[0]} is not a tensor this version of lutq knows: pip install --upgrade lutq")
 
@@ -171,12 +204,14 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
+    bits: int | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """A model ready for inference: a lutq checkpoint, or any causal language model that transformers can load.
 
     model: directory, hub id, or "opt-tiny" (embedded). device: default the GPU if there is one. dtype: of activations and
     kept weights; auto is float32 on the CPU and the checkpoint's own on a GPU. backend: of LutLinear, see lutq/ops.py.
+    bits: a precision that the checkpoint serves (`lutq info`); default the highest. A lower one reads no more than it needs.
     options: further arguments of from_pretrained, such as device_map, which replaces device. In one of several processes of a
     torchrun (lutq/parallel) the result is that rank's part, for the engine of `lutq generate`.
     Raises LutqError for anything that keeps the model from being complete and undamaged, or from fitting into memory.
@@ -187,20 +222,25 @@ def load(
     config = load_config(path)
     dtype = load_dtype(dtype, place, config)
     choose_backend(backend, place)
+    layers = quantization.layers() if quantization else {}
+    lower = choose(bits, layers, quantization.lowest_bits if quantization else 0, str(model))
     if current().world > 1:
-        if options:
-            raise LutqError(f"each of several processes loads its part: leave out {sorted(options)[0]}, or torchrun")
+        if options or lower:
+            wrong = sorted(options)[0] if options else "--bits, which they do not take yet"
+            raise LutqError(f"each of several processes loads its part: leave out {wrong}, or torchrun")
         return load_part(path, current(), place, dtype, backend)
     if "device_map" not in options:
-        needed = model_bytes(path, dtype)
+        needed = model_bytes(path, dtype, layers, lower)
         if needed > free_memory(place):
             raise LutqError(f"{model} does not fit: {what_would_fit(path, dtype, place, needed)}")
         options["device_map"] = {"": place}
-    with out_of_memory(lambda: what_would_fit(path, dtype, place, model_bytes(path, dtype))):
+    options |= {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+    with out_of_memory(lambda: what_would_fit(path, dtype, place, model_bytes(path, dtype, layers, lower))):
         try:
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
-            )
+            if lower:
+                loaded, info = load_lower(path, config, quantization, lower, options)
+            else:
+                loaded, info = AutoModelForCausalLM.from_pretrained(path, **options)
         except (ValueError, OSError, ImportError) as error:
             if isinstance(error, LutqError):
                 raise
@@ -213,6 +253,17 @@ def load(
                 module.backend = backend
                 module.prepack()
     return loaded.eval()
+
+
+def load_lower(path: Path, config: Any, quantization: LutqConfig, bits: int, options: dict[str, Any]) -> tuple[Any, dict]:
+    """What from_pretrained makes of the first `bits` planes of an any-precision checkpoint with these options."""
+    if (path / "generation_config.json").is_file():
+        options = {"generation_config": GenerationConfig.from_pretrained(path)} | options
+    config.quantization_config = quantization.at(bits).to_dict()
+    state = state_dict(weight_files(path), quantization.layers(), bits)
+    loaded, info = type(skeleton(config)).from_pretrained(None, config=config, state_dict=state, **options)
+    loaded.config.name_or_path = loaded.name_or_path = str(path)
+    return loaded, info
 
 
 def load_dtype(dtype: str | torch.dtype, device: torch.device, config: Any) -> torch.dtype:
@@ -254,14 +305,17 @@ def weight_files(path: Path) -> list[Path]:
     return shard_files(path, "model.safetensors.index.json")
 
 
-def model_bytes(path: Path, dtype: torch.dtype) -> int:
-    """Bytes that the tensors of a checkpoint take once loaded: packed tensors as they are, the others in `dtype`."""
+def model_bytes(path: Path, dtype: torch.dtype, layers: dict[str, LayerConfig] | None = None, bits: int | None = None) -> int:
+    """Bytes that the tensors of a checkpoint take once loaded: packed tensors as they are, the others in `dtype`.
+
+    layers, bits: of a lutq checkpoint, what `lutq.precisions.contents` takes to leave out what is not loaded.
+    """
     files = sorted(path.glob("*.safetensors"))
     if not files:
         return sum(file.stat().st_size for file in path.glob("pytorch_model*.bin"))
     total = 0
     for file in files:
-        for key, spec in tensor_specs(file).items():
+        for key, (_, spec) in contents(tensor_specs(file), layers or {}, bits).items():
             packed = key.rpartition(".")[2] in Packed._fields
             total += spec.nbytes if packed else Spec(spec.shape, dtype).nbytes
     return total

@@ -6,7 +6,8 @@ import torch
 
 from lutq.hf import check_checkpoint, existing, load_dtype
 from lutq.ops import choose_backend
-from lutq.pack import packed_shapes
+from lutq.pack import lower_shapes, packed_shapes
+from lutq.precisions import serving
 from lutq.report import LayerReport, bits_per_weight, by_kind, table
 from lutq.runtime import device_name, dtype_name, resolve_device, size
 from lutq.source import load_config, locate
@@ -39,7 +40,9 @@ def describe(model: str | Path, device: str | None = None, dtype: str = "auto", 
     layers = []
     for module, layer in quantization.layers().items():
         N, K = structure.linears[module].N, structure.linears[module].K
-        nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in packed_shapes(N, K, layer).values())
+        parts = packed_shapes(N, K, layer) | lower_shapes(N, K, layer, quantization.lowest_bits)
+        nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in parts.values())
+        nbytes += 4 * K if module in quantization.ordered else 0
         layers.append(LayerReport(module, N, K, layer, nbytes, 0.0, 0.0))
     body = [
         (
@@ -53,11 +56,13 @@ def describe(model: str | Path, device: str | None = None, dtype: str = "auto", 
         )
         for (kind, bits, group, grid, offsets), members in by_kind(layers).items()
     ]
+    shapes = [(layer.N, layer.K, layer.layer) for layer in layers]
     backend_name, why = choose_backend(backend, place)
     method = quantization.settings.get("method", "?")
     lines += [
         f"quantized by lutq {quantization.lutq_version} (format {quantization.format_version}), method {method}, "
         f"{bits_per_weight(layers):.3f} bits per weight in {len(layers)} layers, {8 * stored / parameters:.3f} in all",
+        *([f"serves {serving(shapes, quantization.lowest_bits)}"] if quantization.lowest_bits else []),
         "",
         table(("layer", "count", "bits", "group", "grid", "offsets", "bits/weight"), body),
         "",

@@ -9,6 +9,9 @@ With G = ceil(K/g) groups of g inputs (the last may be short):
     uniform grid   W[n,k] = scales[0,n,G] * (u[n,k] - zero_points[n,G])            scales [1, N, G], zero_points [N, G]
                    u = sum_i 2^(b-1-i) (s_i + 1)/2; without zero_points, (2^b - 1)/2 takes their place
 
+An any-precision checkpoint serves several precisions with the same codes: the first b planes are the model of b bits, whose
+grid is `scales_{b}bit` [b, N, G] and `offsets_{b}bit` [N, G]; that of all planes has the ordinary names.
+
 The form knows no kernel: kernels reorder it at load. All arithmetic here is fp32, and the uniform grid is exact in it.
 """
 
@@ -29,6 +32,48 @@ class Packed(NamedTuple):
     scales: torch.Tensor
     offsets: torch.Tensor | None = None
     zero_points: torch.Tensor | None = None
+
+
+class Nested(NamedTuple):
+    """W at several precisions: `highest` holds all planes, `lower` the grids of fewer, by the names of the module docstring."""
+
+    highest: Packed
+    lower: dict[str, torch.Tensor]
+
+    def at(self, bits: int) -> Packed:
+        """W at `bits` bits. Raises KeyError for a precision that is not there."""
+        if bits == len(self.highest.codes):
+            return self.highest
+        return Packed(
+            self.highest.codes[:bits], self.lower[lower_name("scales", bits)], self.lower.get(lower_name("offsets", bits))
+        )
+
+
+def highest(packed: Packed | Nested) -> Packed:
+    """W at all its bits."""
+    return packed.highest if isinstance(packed, Nested) else packed
+
+
+def lower_name(part: str, bits: int) -> str:
+    """Name of `scales` or `offsets` of the first `bits` planes of more."""
+    return f"{part}_{bits}bit"
+
+
+LOWER = tuple(lower_name(part, bits) for bits in (1, 2, 3) for part in ("scales", "offsets"))
+PARTS = Packed._fields + LOWER  # every tensor that can belong to a packed matrix
+
+
+def to_tensors(packed: Packed | Nested) -> dict[str, torch.Tensor]:
+    """Name -> tensor of everything that a checkpoint stores of a matrix."""
+    tensors = {name: tensor for name, tensor in highest(packed)._asdict().items() if tensor is not None}
+    return tensors | packed.lower if isinstance(packed, Nested) else tensors
+
+
+def from_tensors(tensors: dict[str, torch.Tensor]) -> Packed | Nested:
+    """The inverse of `to_tensors`; other names are ignored."""
+    packed = Packed(**{name: tensors[name] for name in Packed._fields if name in tensors})
+    lower = {name: tensors[name] for name in LOWER if name in tensors}
+    return Nested(packed, lower) if lower else packed
 
 
 def words(K: int) -> int:
@@ -52,6 +97,16 @@ def packed_shapes(N: int, K: int, layer: LayerConfig) -> dict[str, tuple]:
     if layer.offsets:
         shapes |= {"offsets": ((N, G), torch.float16)} if bcq else {"zero_points": ((N, G), torch.uint8)}
     return shapes
+
+
+def lower_shapes(N: int, K: int, layer: LayerConfig, lowest_bits: int) -> dict[str, tuple]:
+    """Tensor name -> (shape, dtype) of what an any-precision form holds besides `packed_shapes`; lowest_bits 0: nothing."""
+    return {
+        lower_name(name, bits): spec
+        for bits in range(lowest_bits or layer.bits, layer.bits)
+        for name, spec in packed_shapes(N, K, layer._replace(bits=bits)).items()
+        if name != "codes"
+    }
 
 
 def pack_bits(bits: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from lutq.config import FORMAT_VERSION, LayerConfig, QuantConfig
 from lutq.errors import LutqError
 from lutq.fit import CHUNK, fit
 from lutq.journal import NAME, Journal, StaleRunError, fingerprint
-from lutq.pack import dequantize
+from lutq.pack import dequantize, highest, to_tensors
 from lutq.plan import Plan, Unit, outputs, plan
 from lutq.report import LayerReport, Report, relative_error
 from lutq.runtime import (
@@ -258,11 +258,11 @@ def process(unit: Unit, tensor: torch.Tensor, job: Job, writer: ShardWriter, cal
         if W.abs().max() > LARGEST_SCALE:
             raise LutqError(f"{unit.key} has weights beyond the {LARGEST_SCALE:.0f} of fp16 scales: skip it with an override")
         packed = calibrated.layer(unit.name, job.device) or fit(W, unit.layer, job.config)
-        values = dequantize(*packed, unit.layer.group, unit.layer.grid, W.shape[1])
-        figures = {"error": squared_norm(W.float() - values), "norm": squared_norm(W.float())}
-    for part, content in packed._asdict().items():
-        if content is not None:
-            writer.write(f"{unit.name}.{part}", content)
+        values = dequantize(*highest(packed), unit.layer.group, unit.layer.grid, W.shape[1])
+        W = calibrated.fitted(unit.name, W)
+        figures = {"error": squared_norm(W - values), "norm": squared_norm(W)}
+    for part, content in to_tensors(packed).items():
+        writer.write(f"{unit.name}.{part}", content)
     return figures
 
 
@@ -300,6 +300,7 @@ def finish(job: Job, report: Report) -> None:
             "format_version": FORMAT_VERSION,
             "lutq_version": __version__,
             "guard": job.todo.guard,
+            **({"lowest_bits": job.config.lowest_bits} if job.config.lowest_bits else {}),
             "modules": modules,
             "settings": job.config.to_dict() | ({"calibration": job.calibration.record()} if job.calibration else {}),
         },

@@ -67,6 +67,13 @@ class Report:
     peak: str
     calibration: CalibrationReport | None = None
 
+    def precisions(self) -> dict[str, str]:
+        """What an any-precision checkpoint serves, as title -> words; nothing for others."""
+        from lutq.precisions import serving
+
+        shapes = [(layer.N, layer.K, layer.layer) for layer in self.layers]
+        return {"serves": serving(shapes, self.config.lowest_bits)} if self.config.lowest_bits else {}
+
     def summary(self) -> str:
         """The table printed at the end of `lutq quantize`."""
         from lutq.runtime import size
@@ -75,6 +82,7 @@ class Report:
         lines += [
             f"bits per weight   {bits_per_weight(self.layers):.3f} in the quantized layers, scales and offsets included; "
             f"{8 * self.bytes_after / self.parameters:.3f} in the whole model",
+            *(f"{title:16}  {words}" for title, words in self.precisions().items()),
             f"size              {size(self.bytes_before)} -> {size(self.bytes_after)}",
             f"relative error    {relative_error(self.layers):.4f} of the quantized weights (Frobenius)",
             *(f"{title:16}  {words}" for title, words in (self.calibration.figures() if self.calibration else {}).items()),
@@ -88,7 +96,62 @@ class Report:
         return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """Figures of one run of `lutq convert`. Sizes in bytes, time in seconds; kind: the source's quant_method; `ordered` names the
+    layers with inputs in an order of their own, `kept` Linear layers left as they are.
+    """
+
+    source: str
+    out: Path
+    kind: str
+    layers: list[LayerReport]
+    ordered: list[str]
+    kept: list[str]
+    ignored: list[str]
+    bytes_before: int
+    bytes_after: int
+    parameters: int
+    seconds: float
+
+    def body(self) -> list[tuple[str, ...]]:
+        """A row per kind of layer, bits and group, in order of appearance."""
+        return [
+            (kind, str(len(members)), str(bits), str(group or "row"), f"{bits_per_weight(members):.3f}")
+            for (kind, bits, group, _, _), members in by_kind(self.layers).items()
+        ]
+
+    def figures(self) -> dict[str, str]:
+        """Title -> figures in words."""
+        from lutq.runtime import size
+
+        whole = 8 * self.bytes_after / self.parameters
+        figures = {
+            "bits per weight": f"{bits_per_weight(self.layers):.3f} in the quantized layers, scales and zero points included; "
+            f"{whole:.3f} in the whole model",
+            "size": f"{size(self.bytes_before)} -> {size(self.bytes_after)}",
+            "kept as they are": f"{len(self.kept)} Linear layers{': ' if self.kept else ''}{shorten(self.kept)}",
+        }
+        if self.ordered:
+            figures["activation order"] = f"{len(self.ordered)} layers put their inputs into order first: {shorten(self.ordered)}"
+        return figures
+
+    def summary(self) -> str:
+        """The table printed at the end of `lutq convert`."""
+        import torch
+
+        from lutq.runtime import peak_memory
+
+        figures = self.figures() | {"peak memory": peak_memory(torch.device("cpu")), "time": f"{self.seconds:.1f} s"}
+        if self.ignored:
+            figures["not in the model"] = f"{len(self.ignored)} tensors of the source left out: {shorten(self.ignored)}"
+        lines = [f"{title:16}  {words}" for title, words in figures.items()]
+        last = f"Converted {self.source} ({self.kind}) to {self.out}; every weight is what it was."
+        return "\n".join([table(CONVERTED_HEADER, self.body()), "", *lines, last])
+
+
 HEADER = ("layer", "count", "bits", "group", "bits/weight", "rel. error")
+CONVERTED_HEADER = HEADER[:-1]
 
 
 def bits_per_weight(layers: Iterable[LayerReport]) -> float:

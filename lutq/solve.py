@@ -14,6 +14,7 @@ codes and grids (as QuantEase, arXiv 2309.01885, does for uniform grids).
 Rows are outputs: w [N, g] is what lutq/bcq.py calls R groups. Every grid is judged as stored, after rounding to fp16.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,11 @@ import torch
 from lutq import bcq
 from lutq.bcq import Bcq
 from lutq.hessian import inverse_factor
+
+# the steps that the any-precision fit (lutq/nested.py) replaces, see `descend`, `alternate` and `move_grid`
+Improve = Callable[[Bcq, torch.Tensor, torch.Tensor, torch.Tensor], tuple[Bcq, torch.Tensor]]
+Choose = Callable[[Bcq], tuple[Bcq, torch.Tensor]]
+Settle = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Bcq]
 
 
 class Levels(NamedTuple):
@@ -74,6 +80,33 @@ def choose(better: torch.Tensor, new: Bcq, old: Bcq) -> Bcq:
     return Bcq(torch.where(better[:, None], new.planes, old.planes), torch.where(better, new.scales, old.scales), offsets)
 
 
+def choose_rows(better: torch.Tensor, new: Bcq, old: Bcq) -> Bcq:
+    """`choose` for whole layers: planes [b, N, K], scales [b, N, G], offsets [N, G] or None."""
+    better = better[:, None]
+    offsets = None if old.offsets is None else torch.where(better, new.offsets, old.offsets)
+    return Bcq(torch.where(better, new.planes, old.planes), torch.where(better, new.scales, old.scales), offsets)
+
+
+def alternate(
+    w: torch.Tensor, start: Bcq, whiten: torch.Tensor | None, rounds: int, choose_codes: Choose, settle: Settle = bcq.canonical
+) -> tuple[Bcq, torch.Tensor]:
+    """Codes for the grid of `start`, then in `rounds` a least-squares refit and new codes: for each row of w [N, g] the iterate
+    of least |E|^2, and its whitened error E [N, g]. choose_codes: a grid -> the fit with new codes and its E.
+    """
+    best, best_E = choose_codes(start)
+    best_loss, current = best_E.square().sum(1), best
+    for _ in range(rounds):
+        fixed = settle(current.planes, *bcq.refit(current.planes, w, start.offsets is not None, whiten))
+        moved, moved_E = choose_codes(fixed)
+        for fit, E in ((fixed, bcq.whitened(w - bcq.values(*fixed), whiten)), (moved, moved_E)):
+            loss = E.square().sum(1)
+            better = loss < best_loss
+            best, best_E = choose(better, fit, best), torch.where(better[:, None], E, best_E)
+            best_loss = torch.where(better, loss, best_loss)
+        current = moved
+    return best, best_E
+
+
 def solve_group(
     w: torch.Tensor, U: torch.Tensor, bits: int, has_offsets: bool, rounds: int, starts: tuple[str, ...], iterations: int = 15
 ) -> tuple[Bcq, torch.Tensor]:
@@ -85,20 +118,11 @@ def solve_group(
     N, count = len(w), len(starts)
     whiten = torch.linalg.solve_triangular(U, torch.eye(len(U), device=U.device), upper=True)
     grids = [bcq.alternating(w, bits, has_offsets, start, iterations, whiten=whiten.diagonal()) for start in starts]
-    scales = torch.cat([grid.scales for grid in grids], 1)
     offsets = torch.cat([grid.offsets for grid in grids]) if has_offsets else None
+    start = Bcq(torch.cat([grid.planes for grid in grids], 1), torch.cat([grid.scales for grid in grids], 1), offsets)
     w = w.repeat(count, 1)  # all starts at once, as more rows
-    best, best_E = feedback(w, U, scales, offsets)
-    best_loss, current = best_E.square().sum(1), best
-    for _ in range(rounds):
-        fixed = bcq.canonical(current.planes, *bcq.refit(current.planes, w, has_offsets, whiten))
-        moved, moved_E = feedback(w, U, fixed.scales, fixed.offsets)
-        for fit, E in ((fixed, (w - bcq.values(*fixed)) @ whiten), (moved, moved_E)):
-            loss = E.square().sum(1)
-            better = loss < best_loss
-            best, best_E = choose(better, fit, best), torch.where(better[:, None], E, best_E)
-            best_loss = torch.where(better, loss, best_loss)
-        current = moved
+    best, best_E = alternate(w, start, whiten, rounds, lambda grid: feedback(w, U, grid.scales, grid.offsets))
+    best_loss = best_E.square().sum(1)
     rows = best_loss.view(count, N).argmin(0) * N + torch.arange(N, device=w.device)
     offsets = best.offsets[rows] if has_offsets else None
     return Bcq(best.planes[:, rows], best.scales[:, rows], offsets), best_E[rows]
@@ -158,11 +182,17 @@ def loss(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
     return (e @ H * e).sum(1)
 
 
-def descend(W: torch.Tensor, H: torch.Tensor, fit: Bcq, g: int, sweeps: int) -> Bcq:
+def improve_group(fit: Bcq, q: torch.Tensor, pull: torch.Tensor, H: torch.Tensor) -> tuple[Bcq, torch.Tensor]:
+    """`move_codes`, then `move_grid`, whose arguments these are."""
+    fit, moved = move_codes(fit, q, pull, H)
+    return move_grid(fit, moved, pull - (moved - q) @ H, H)
+
+
+def descend(W: torch.Tensor, H: torch.Tensor, fit: Bcq, g: int, sweeps: int, improve: Improve = improve_group) -> Bcq:
     """Lower `loss` from a fit as `solve` returns it by coordinate descent; no step raises the loss of a row.
 
     A sweep visits every group: each code takes the level that is best with all else fixed, then the group's scales and offset
-    are least squares in H, and are kept in the rows where that, after rounding, is better.
+    are least squares in H, and are kept in the rows where that, after rounding, is better. `improve` replaces these two steps.
     """
     if sweeps == 0:
         return fit
@@ -176,9 +206,7 @@ def descend(W: torch.Tensor, H: torch.Tensor, fit: Bcq, g: int, sweeps: int) -> 
             here = slice(begin, min(begin + g, K))
             H_SS, before = H[here, here], Q[:, here].clone()
             part = Bcq(planes[:, :, here], scales[:, :, group], None if offsets is None else offsets[:, group])
-            part, q = move_codes(part, before, pull[:, here], H_SS)
-            step = q - before
-            part, q = move_grid(part, q, pull[:, here] - step @ H_SS, H_SS)
+            part, q = improve(part, before, pull[:, here], H_SS)
             planes[:, :, here], scales[:, :, group], Q[:, here] = part.planes, part.scales, q
             if offsets is not None:
                 offsets[:, group] = part.offsets
@@ -198,14 +226,16 @@ def move_codes(fit: Bcq, q: torch.Tensor, pull: torch.Tensor, H: torch.Tensor) -
     return Bcq(planes_of(positions, levels, len(fit.scales)), fit.scales, fit.offsets), (q_columns + steps).T
 
 
-def move_grid(fit: Bcq, q: torch.Tensor, pull: torch.Tensor, H: torch.Tensor) -> tuple[Bcq, torch.Tensor]:
-    """Scales and offset of a group refitted with its codes fixed; arguments as `move_codes`."""
+def move_grid(
+    fit: Bcq, q: torch.Tensor, pull: torch.Tensor, H: torch.Tensor, settle: Settle = bcq.canonical
+) -> tuple[Bcq, torch.Tensor]:
+    """Scales and offset of a group refitted with its codes fixed; arguments as `move_codes`. `settle` makes them storable."""
     has_offsets = fit.offsets is not None
     design = bcq.design_matrix(fit.planes, has_offsets)  # [N, b (+1), g]
     target = (design @ (pull + q @ H)[:, :, None])[:, :, 0]
     solution = bcq.solve(design @ H @ design.transpose(1, 2), target)
     bits = len(fit.scales)
-    new = bcq.canonical(fit.planes, solution[:, :bits].T, solution[:, -1] if has_offsets else None)
+    new = settle(fit.planes, solution[:, :bits].T, solution[:, -1] if has_offsets else None)
     new_q = bcq.values(*new)
     step = new_q - q
     better = (step @ H * step).sum(1) < 2 * (step * pull).sum(1)

@@ -61,22 +61,23 @@ class Source:
     """An open checkpoint directory.
 
     name: as the user gave it. config: the transformers config. raw_config: config.json as it is. keys: tensor names.
-    Raises LutqError for whatever keeps it from being a complete, undamaged checkpoint, before any work is done.
+    quantized: it may have been quantized already, by whatever program. Raises LutqError for whatever keeps it from being a
+    complete, undamaged checkpoint, before any work is done.
     """
 
-    def __init__(self, model: str | Path | None = None) -> None:
+    def __init__(self, model: str | Path | None = None, quantized: bool = False) -> None:
         self.path, self.name = locate(model)
         self.raw_config = read_json(self.path / "config.json", "is not a checkpoint directory: it needs a config.json")
-        if "quantization_config" in self.raw_config:
+        if "quantization_config" in self.raw_config and not quantized:
             method = self.raw_config["quantization_config"].get("quant_method", "unknown")
-            raise LutqError(f"{self.path} is already quantized (quant_method {method!r}): give the original model")
+            raise LutqError(f"{self.path} is already quantized (quant_method {method!r}): give the original, or see lutq convert")
         self.config = load_config(self.path)
         self._files = self._find_files()
         self._where: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._specs: dict[str, Spec] = {}
         for file in self._files:
             for key, spec in tensor_specs(file).items():
-                self._where[key], self._shapes[key] = file, spec.shape
+                self._where[key], self._specs[key] = file, spec
 
     @property
     def keys(self) -> list[str]:
@@ -90,7 +91,11 @@ class Source:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._shapes[key]
+        return self._specs[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Dtype of a tensor in the file."""
+        return self._specs[key].dtype
 
     def file(self, key: str) -> Path:
         """The file that holds a tensor."""

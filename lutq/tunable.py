@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from lutq import bcq
 from lutq.config import LayerConfig
-from lutq.pack import Packed, dequantize, group_size, pack_bits, signs, unpack_bits
+from lutq.pack import Nested, Packed, dequantize, group_size, highest, pack_bits, signs, unpack_bits
 
 MARGIN = 0.02  # of the distance of two levels that a latent weight keeps from the middle between them at the start
 
@@ -57,14 +57,18 @@ class Tunable(torch.nn.Module):
     """y = x W^T + bias with W [N, K] on the bcq grid; scales fp32 [b, N, G] and offsets fp32 [N, G] are parameters.
 
     W: the original weight fp32 [N, K] for codes that can be learned: `latent` starts as the weights nearest to it that have
-    the codes of `packed`.
+    the codes of `packed`. Of a matrix at several precisions it is the highest, and nothing of it may be learned.
     """
 
     def __init__(
-        self, packed: Packed, K: int, layer: LayerConfig, bias: torch.nn.Parameter | None, W: torch.Tensor | None = None
+        self, packed: Packed | Nested, K: int, layer: LayerConfig, bias: torch.nn.Parameter | None, W: torch.Tensor | None = None
     ) -> None:
         super().__init__()
         self.K, self.layer = K, layer
+        lower = packed.lower if isinstance(packed, Nested) else {}
+        for name, tensor in lower.items():
+            self.register_buffer(name, tensor)
+        self.lower, packed = tuple(lower), highest(packed)
         self.register_buffer("codes", packed.codes)
         self.scales = torch.nn.Parameter(packed.scales.float())
         self.offsets = None if packed.offsets is None else torch.nn.Parameter(packed.offsets.float())
@@ -115,8 +119,11 @@ class Tunable(torch.nn.Module):
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
-    def packed(self) -> Packed:
+    def packed(self) -> Packed | Nested:
         """The layer as a checkpoint holds it: scales fp16, non-negative and descending, the codes turned along."""
+        if self.lower:  # planes have an order of their own
+            offsets = None if self.offsets is None else self.offsets.half()
+            return Nested(Packed(self.codes, self.scales.half(), offsets), {name: self._buffers[name] for name in self.lower})
         b, N, _ = self.codes.shape
         scales, offsets = self._grids()
         if self.latent is None:

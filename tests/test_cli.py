@@ -39,17 +39,19 @@ FLAGS = {
             "--no-clip",
         ),
         *("--start", "--iterations", "--tolerance", "--head-bits", "--recipe", "--out", "--overwrite"),
+        *("--scaling", "--no-scaling"),
         *("--calib", "--calib-windows", "--calib-length", "--seed", "--damping", "--rounds", "--sweeps"),
-        *("--refine", "--distill", "--flips", "--no-flips", "--rate", "--target-bpw"),
+        *("--refine", "--distill", "--flips", "--no-flips", "--rate", "--target-bpw", "--lowest-bits"),
     ],
     "generate": [
         *("prompt", "--model", "--file", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty"),
-        *("--seed", "--chat", "--engine"),
+        *("--seed", "--chat", "--engine", "--bits"),
     ],
-    "eval-ppl": ["dataset", "--model", "--baseline", "--protocol", "--max-windows", "--json"],
+    "eval-ppl": ["dataset", "--model", "--bits", "--baseline", "--protocol", "--max-windows", "--json"],
     "info": ["model"],
 }
 FLAGS = {verb: {*flags, *EVERYWHERE} for verb, flags in FLAGS.items()}
+FLAGS |= {"convert": {"model", "--out", "--overwrite", *SHORT}}
 FLAGS |= {"build": {"--arch", "--out", *SHORT}, "doctor": {*SHORT}, "bench": {"--help", "-h"}}
 KERNEL = {"--shape", "--rows", "--bits", "--grid", "--group", "--json", "--plot", "--repeats", "--tune", "--device", *SHORT}
 DECODE = {"--shape", "--bits", "--grid", "--group", "--context", "--batch", "--engine", "--synthetic", "--json", "--plot"}

@@ -1,0 +1,65 @@
+"""Measure one any-precision checkpoint at every precision beside separate ones, into `scripts/results/precisions-NAME.json`.
+
+    python scripts/precisions.py opt-tiny
+
+Method feedback, protocol `raw`, WikiText-2 test, fp32; otherwise as scripts/quality.py. Rows that the file already holds from the
+same environment are kept. Then `python scripts/precisions_report.py` renews the README's table.
+"""
+
+import argparse
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from measured import environment, measure_rows
+from quality import FEEDBACK, plain
+from readme import RESULTS
+
+from lutq.config import QuantConfig
+from lutq.data import load_text
+from lutq.evaluate import measure
+from lutq.hf import load
+from lutq.quantize import quantize_checkpoint
+from lutq.report import bits_per_weight
+from lutq.runtime import device_name, resolve_device
+from lutq.source import locate
+from lutq.tokens import load_tokenizer
+
+BITS = (4, 3, 2)
+SEPARATE, TOGETHER = "one checkpoint each", "one checkpoint for all"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    path, name = locate(arguments.model)
+    tokenizer, text = load_tokenizer(path), load_text("wikitext2", "raw")
+    settings = environment(name, "raw", device_name(resolve_device(arguments.device)).split(",")[0])
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        @functools.cache
+        def quantized(bits: int, lowest_bits: int, group: int) -> tuple[Path, float]:
+            """Directory of a checkpoint, and its stored bits per weight."""
+            config = QuantConfig(bits=bits, lowest_bits=lowest_bits, group=group, **FEEDBACK)
+            report = quantize_checkpoint(path, Path(folder) / f"{bits}-{lowest_bits}", config, device=arguments.device)
+            return report.out, bits_per_weight(report.layers)
+
+        def measure_row(row: str, bits: int, group: int) -> dict[str, Any]:
+            directory, stored = quantized(*((max(BITS), min(BITS)) if row == TOGETHER else (bits, 0)), group)
+            model = plain(load(directory, device=arguments.device, dtype="float32", bits=bits))
+            ppl = measure(model, tokenizer, text, name, "raw", progress=False)
+            return {"row": row, "bits": bits, "group": group, "stored": stored, "ppl": ppl.perplexity, "windows": ppl.windows}
+
+        rows = [(row, bits, arguments.group) for row in (SEPARATE, TOGETHER) for bits in BITS]
+        measure_rows(RESULTS / f"precisions-{name}.json", settings, rows, "row", measure_row)
+
+
+if __name__ == "__main__":
+    main()

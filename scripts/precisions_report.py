@@ -1,0 +1,44 @@
+"""Render `scripts/results/precisions-*.json` into the README's table.
+
+python scripts/precisions_report.py
+"""
+
+from typing import Any
+
+from precisions import SEPARATE
+from readme import read, write
+
+BEGIN, END = "<!-- precisions: written by scripts/precisions_report.py -->", "<!-- end of precisions -->"
+
+
+def read_results() -> list[dict[str, Any]]:
+    """Results in order of file name."""
+    return read("precisions-*.json")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One model's table: perplexity at each precision, and the bits per weight that are stored for all of them."""
+    records = result["records"]
+    bits = sorted({record["bits"] for record in records}, reverse=True)
+    lines = [
+        f"**{result['model']}**, `--method feedback`, g = {records[0]['group']} ({result['dataset']}, protocol "
+        f"`{result['protocol']}`, {records[0]['windows']} windows, {result['dtype']} on "
+        f"{result['device'].removeprefix('NVIDIA ')}, torch {result['torch']}, {result['date']}):",
+        "",
+        "| stored as | " + " | ".join(f"{b} bits" for b in bits) + " | bits per weight on disk |",
+        "|---|" + "---|" * (len(bits) + 1),
+    ]
+    for row in dict.fromkeys(record["row"] for record in records):
+        found = {record["bits"]: record for record in records if record["row"] == row}
+        stored = sum(record["stored"] for record in found.values()) if row == SEPARATE else found[bits[0]]["stored"]
+        lines.append(f"| {row} | " + " | ".join(f"{found[b]['ppl']:.2f}" for b in bits) + f" | {stored:.2f} |")
+    return "\n".join(lines)
+
+
+def tables() -> str:
+    """The table as it stands between the README's marks."""
+    return "\n\n".join(markdown(result) for result in read_results())
+
+
+if __name__ == "__main__":
+    write(BEGIN, tables(), END)

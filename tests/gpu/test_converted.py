@@ -1,0 +1,89 @@
+"""Converted checkpoints on the GPU: scales below zero, as AutoRound writes them, and layers with an order of their own."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import build_model, copy_tokenizer, random_packed
+from safetensors.torch import load_file, save_file
+
+from lutq.config import LayerConfig, QuantConfig
+from lutq.generate import Sampling, generate
+from lutq.hf import load
+from lutq.linear import LutLinear
+from lutq.ordered import OrderedLinear
+from lutq.pack import dequantize
+from lutq.quantize import quantize_checkpoint
+from lutq.source import read_json
+from lutq.tokens import load_tokenizer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def negate(packed):
+    """Every other group's scale below zero."""
+    signs = 1 - 2 * (torch.arange(packed.scales[0].numel(), device=packed.scales.device) % 2)
+    return packed._replace(scales=packed.scales * signs.view_as(packed.scales[0]))
+
+
+@torch.inference_mode()
+def test_negative_scales_and_orders():
+    """Every width and number of rows, against float64."""
+    random = torch.Generator().manual_seed(0)
+    for bits, group, (N, K) in itertools.product((2, 3, 4), (32, 128, 0), ((96, 256), (256, 1024))):
+        layer = LayerConfig(bits, group, "uniform")
+        packed = negate(random_packed(N, K, layer, device="cuda"))
+        order = torch.randperm(K, generator=random).cuda()
+        module = OrderedLinear.from_packed(packed, K, layer)
+        module.input_order = order.int()
+        module.backend = "cuda"
+        W = torch.empty(N, K, dtype=torch.float64, device="cuda")
+        W[:, order] = dequantize(*packed, group, "uniform", K, torch.float64)
+        assert torch.equal(module.dequantize().double(), W)
+        for M in (1, 3, 8, 16, 100):
+            x = torch.randn(M, K, generator=random).half().cuda()
+            wanted = x.double() @ W.T
+            error = ((module(x).double() - wanted).norm() / wanted.norm()).item()
+            assert error < 1e-3, f"{bits=}, {group=}, {N=}, {K=}, {M=}, {error=}"
+        assert module.kernel_codes is not None
+
+
+def put_in_order(folder):
+    """Sort the columns of every packed layer by a random permutation: other weights, stored as lutq convert stores them."""
+    config = read_json(folder / "config.json", "")
+    tensors, random = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    names = list(config["quantization_config"]["modules"])
+    for name in names:
+        K = 32 * tensors[f"{name}.codes"].shape[-1]
+        tensors[f"{name}.input_order"] = torch.randperm(K, generator=random).int()
+    config["quantization_config"]["ordered"] = names
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_engines(tmp_path):
+    """Each engine gives the text of the reference on the CPU."""
+    (tmp_path / "in").mkdir()
+    build_model("deep").half().save_pretrained(tmp_path / "in")
+    copy_tokenizer(tmp_path / "in")
+    settings = QuantConfig(
+        bits=4, group=32, method="rtn", overrides={"down_proj": {"skip": True}}
+    )  # 172 inputs are no whole words
+    quantize_checkpoint(tmp_path / "in", tmp_path / "out", settings, device="cpu")
+    put_in_order(tmp_path / "out")
+    model = load(tmp_path / "out", device="cuda")
+    ordered = [module for module in model.modules() if isinstance(module, LutLinear)]
+    assert ordered
+    assert all(type(module) is OrderedLinear for module in ordered)
+    tokens = torch.arange(3, 19, device="cuda")[None]
+    with torch.no_grad():
+        wanted = load(tmp_path / "out", device="cpu")(tokens.cpu()).logits
+        error = ((model(tokens).logits.float().cpu() - wanted).norm() / wanted.norm()).item()
+    assert error < 2e-2, f"{error=}"
+    tokenizer = load_tokenizer(tmp_path / "out")
+    texts = {
+        engine: generate(model, tokenizer, "a b", Sampling(max_new_tokens=16, temperature=0.0), engine=engine).text
+        for engine in ("plain", "graph", "fast")
+    }
+    assert len(set(texts.values())) == 1, texts
