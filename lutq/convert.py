@@ -6,8 +6,6 @@ copied bit for bit, in the dtype it has. The output appears as a whole when it i
 """
 
 import contextlib
-import json
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from lutq import __version__
 from lutq.card import converted_card
-from lutq.config import FORMAT_VERSION, LayerConfig
+from lutq.config import LayerConfig
 from lutq.errors import LutqError
 from lutq.foreign import (
     Layout,
@@ -33,8 +30,8 @@ from lutq.foreign import (
     layout_of,
     shapes_of,
 )
+from lutq.output import check_out, publish, write_beside
 from lutq.pack import CHUNK, pack_bits, packed_shapes, words
-from lutq.quantize import OTHER_FILES, TOKENIZER_FILES, check_out, publish
 from lutq.report import Conversion, LayerReport
 from lutq.runtime import dtype_name, progress_interval
 from lutq.shards import SHARD_BYTES, ShardWriter, Spec, disk_error
@@ -111,7 +108,13 @@ def convert_checkpoint(
                 parameters=structure.parameters,
                 seconds=time.perf_counter() - begin,
             )
-            write_others(source, structure, report, quantization, guard, dtype_name(dtype), folder)
+            beside = {
+                "guard": guard,
+                "modules": {figures.name: figures.layer._asdict() for figures in report.layers},
+                "settings": {"method": "convert", "converted": quantization},
+            }
+            beside |= {"ordered": report.ordered} if report.ordered else {}
+            write_beside(folder, source, structure, converted_card(report), dtype_name(dtype), beside)
             publish(folder, out)
     except OSError as error:
         found = disk_error(error, out)
@@ -247,34 +250,3 @@ def exact_half(scales: torch.Tensor) -> torch.Tensor:
 def report_of(layer: Layer) -> LayerReport:
     """Size of a converted layer; its error is 0."""
     return LayerReport(layer.name, layer.N, layer.K, layer.layer, sum(spec.nbytes for spec in layer.specs().values()), 0.0, 0.0)
-
-
-def write_others(
-    source: Source, structure: Structure, report: Conversion, quantization: dict[str, Any], guard: str, dtype: str, folder: Path
-) -> None:
-    """Everything beside the weights: tokenizer files, model card, and config.json last."""
-    for pattern in TOKENIZER_FILES + OTHER_FILES:
-        for path in source.path.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-            else:
-                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-    (folder / "README.md").write_text(converted_card(report), encoding="utf-8")
-    modules = {figures.name: figures.layer._asdict() for figures in report.layers}
-    config = source.raw_config | {
-        "dtype": dtype,
-        "quantization_config": {
-            "quant_method": "lutq",
-            "format_version": FORMAT_VERSION,
-            "lutq_version": __version__,
-            "guard": guard,
-            "modules": modules,
-            "settings": {"method": "convert", "converted": quantization},
-        }
-        | ({"ordered": report.ordered} if report.ordered else {}),
-    }
-    for key in ("torch_dtype", "compression_config"):
-        config.pop(key, None)
-    if any(structure.linears[name].place == "head" for name in modules):
-        config["tie_word_embeddings"] = False  # the packed head no longer is the embedding
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -5,9 +5,7 @@ same command. The order of work is the order of the model's tensors, planned bef
 """
 
 import dataclasses
-import json
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,11 @@ from lutq.allocate import allocate, measure
 from lutq.calib import Calibration
 from lutq.calibrate import Calibrated, calibrate, calibration_for
 from lutq.card import model_card
-from lutq.config import FORMAT_VERSION, LayerConfig, QuantConfig
+from lutq.config import LayerConfig, QuantConfig
 from lutq.errors import LutqError
 from lutq.fit import CHUNK, fit
 from lutq.journal import NAME, Journal, StaleRunError, fingerprint
+from lutq.output import check_out, publish, write_beside
 from lutq.pack import dequantize, highest, to_tensors
 from lutq.plan import Plan, Unit, outputs, plan
 from lutq.report import LayerReport, Report, relative_error
@@ -43,16 +42,6 @@ from lutq.store import FOLDER
 from lutq.structure import Structure, read_structure
 from lutq.uniform import LARGEST_SCALE
 
-TOKENIZER_FILES = ("token*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "spiece.model")
-OTHER_FILES = (
-    "chat_template*",
-    "additional_chat_templates",
-    "sentencepiece*",
-    "preprocessor_config.json",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 RESUME_OR_OVERWRITE = "run it with those settings to go on, or add --overwrite to start again"
 
 
@@ -124,25 +113,6 @@ def quantize_checkpoint(
             raise
         shutil.rmtree(partial)
         return complete(job)
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raise LutqError unless `out` is free, or is an earlier output that may be overwritten."""
-    if not out.exists():
-        return
-    if not out.is_dir() or (any(out.iterdir()) and not is_output(out)):
-        raise LutqError(f"{out} exists and is not an output of lutq quantize: give another --out")
-    if any(out.iterdir()) and not overwrite:
-        raise LutqError(f"{out} already holds a quantized model: add --overwrite, or give another --out")
-
-
-def is_output(out: Path) -> bool:
-    """Whether a directory holds a checkpoint that lutq wrote."""
-    try:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        return config["quantization_config"]["quant_method"] == "lutq"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def complete(job: Job) -> Report:
@@ -283,44 +253,12 @@ def memory_advice(unit: Unit, device: torch.device) -> str:
 
 
 def finish(job: Job, report: Report) -> None:
-    """Everything beside the weights: tokenizer files, model card, and config.json last."""
-    folder = job.partial
-    for pattern in TOKENIZER_FILES + OTHER_FILES:
-        for path in job.source.path.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-            else:
-                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-    (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    """Everything beside the weights."""
     modules = {figures.name: figures.layer._asdict() for figures in report.layers}
-    config = job.source.raw_config | {
-        "dtype": dtype_name(job.todo.dtype),
-        "quantization_config": {
-            "quant_method": "lutq",
-            "format_version": FORMAT_VERSION,
-            "lutq_version": __version__,
-            "guard": job.todo.guard,
-            **({"lowest_bits": job.config.lowest_bits} if job.config.lowest_bits else {}),
-            "modules": modules,
-            "settings": job.config.to_dict() | ({"calibration": job.calibration.record()} if job.calibration else {}),
-        },
+    quantization = {
+        "guard": job.todo.guard,
+        **({"lowest_bits": job.config.lowest_bits} if job.config.lowest_bits else {}),
+        "modules": modules,
+        "settings": job.config.to_dict() | ({"calibration": job.calibration.record()} if job.calibration else {}),
     }
-    config.pop("torch_dtype", None)
-    if any(job.structure.linears[name].place == "head" for name in modules):
-        config["tie_word_embeddings"] = False  # the packed head no longer is the embedding
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def publish(partial: Path, out: Path) -> None:
-    """Give the finished directory its name; an earlier output disappears only then."""
-    if not out.exists():
-        partial.replace(out)
-        return
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as aside:
-        earlier = Path(aside) / out.name
-        out.replace(earlier)
-        try:
-            partial.replace(out)
-        except OSError:
-            earlier.replace(out)
-            raise
+    write_beside(job.partial, job.source, job.structure, model_card(report), dtype_name(job.todo.dtype), quantization)
