@@ -383,7 +383,14 @@ template <int N, int LANES> __device__ __forceinline__ void sum_scores(float* v,
 // 2^(v - m) where m may be -infinity, the maximum of nothing
 __device__ __forceinline__ float weight_of(float v, float m) { return exp2f(v - (m == -INFINITY ? 0.f : m)); }
 
-template <int DTYPE, int LANES, int R> __global__ void __launch_bounds__(WARPS * 32) attention(const Attention a) {
+#if __CUDA_ARCH__ >= 1000
+constexpr int ATTENTION_BLOCKS = 3;  // on a processor: not so many that registers are spilled for more
+#else
+constexpr int ATTENTION_BLOCKS = 0;  // as the compiler likes
+#endif
+
+template <int DTYPE, int LANES, int R>
+__global__ void __launch_bounds__(WARPS * 32, ATTENTION_BLOCKS) attention(const Attention a) {
   constexpr int PADDED = R == 3 ? 4 : R, ROWS = R <= 2 ? 8 : 4, N = PADDED * ROWS;
   constexpr int KEEP = N > LANES ? N / LANES : 1, COPIES = N < LANES ? LANES / N : 1;  // scores of a lane, lanes of a score
   constexpr int PER_HEAD = LANES / PADDED, GROUPS = WARPS * 32 / LANES;                // lanes of a head's scores
