@@ -17,7 +17,7 @@
 // The order is slab, n_groups panels, k_groups items, panel. The sums of a panel rest in shared memory between slabs. In the end
 // they are added over k_groups and then over the cluster, always in the same order.
 #pragma once
-#include "bulk.cuh"
+#include "barrier.cuh"
 #include "launch.cuh"
 #include "layout.cuh"
 

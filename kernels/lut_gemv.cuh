@@ -22,7 +22,7 @@
 //
 // Sums are added in the same order every time.
 #pragma once
-#include "bulk.cuh"
+#include "barrier.cuh"
 #include "launch.cuh"
 #include "layout.cuh"
 

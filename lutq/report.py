@@ -116,10 +116,7 @@ class Conversion:
 
     def body(self) -> list[tuple[str, ...]]:
         """A row per kind of layer, bits and group, in order of appearance."""
-        return [
-            (kind, str(len(members)), str(bits), str(group or "row"), f"{bits_per_weight(members):.3f}")
-            for (kind, bits, group, _, _), members in by_kind(self.layers).items()
-        ]
+        return [row[:-1] for row in rows(self.layers)[:-1]]
 
     def figures(self) -> dict[str, str]:
         """Title -> figures in words."""

@@ -10,6 +10,18 @@ import torch
 import transformers
 
 import lutq
+from lutq.data import load_text
+from lutq.runtime import device_name, resolve_device
+from lutq.source import locate
+from lutq.tokens import load_tokenizer
+
+
+def prepare(model: str, protocol: str, device: str) -> tuple[Path, Any, str, dict[str, Any]]:
+    """A model's directory, its tokenizer, the text of WikiText-2 by a protocol, and the `environment` of its figures."""
+    transformers.utils.logging.disable_progress_bar()
+    path, name = locate(model)
+    where = device_name(resolve_device(device)).split(",")[0]
+    return path, load_tokenizer(path), load_text("wikitext2", protocol), environment(name, protocol, where)
 
 
 def environment(name: str, protocol: str, device: str) -> dict[str, Any]:

@@ -13,19 +13,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import transformers
-from measured import environment, measure_rows
+from measured import measure_rows, prepare
 from readme import RESULTS
 
 from lutq.config import QuantConfig
-from lutq.data import load_text
 from lutq.evaluate import measure
 from lutq.hf import load
 from lutq.quantize import quantize_checkpoint
 from lutq.report import bits_per_weight, relative_error
-from lutq.runtime import device_name, resolve_device
-from lutq.source import locate
-from lutq.tokens import load_tokenizer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "rtn --no-clip": {"method": "rtn", "clip": False},
@@ -47,10 +42,8 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[128])
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    path, name = locate(arguments.model)
-    tokenizer, text = load_tokenizer(path), load_text("wikitext2", "gptq")
-    settings = environment(name, "gptq", device_name(resolve_device(arguments.device)))
+    path, tokenizer, text, settings = prepare(arguments.model, "gptq", arguments.device)
+    name = settings["model"]
 
     def measure_row(variant: str, bits: int, group: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:

@@ -12,20 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import transformers
-from measured import environment, measure_rows
+from measured import measure_rows, prepare
 from quality import FEEDBACK, plain
 from readme import RESULTS
 
 from lutq.config import QuantConfig
-from lutq.data import load_text
 from lutq.evaluate import measure
 from lutq.hf import load
 from lutq.quantize import quantize_checkpoint
 from lutq.report import bits_per_weight
-from lutq.runtime import device_name, resolve_device
-from lutq.source import locate
-from lutq.tokens import load_tokenizer
 
 BITS = (4, 3, 2)
 SEPARATE, TOGETHER = "one checkpoint each", "one checkpoint for all"
@@ -37,10 +32,8 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    path, name = locate(arguments.model)
-    tokenizer, text = load_tokenizer(path), load_text("wikitext2", "raw")
-    settings = environment(name, "raw", device_name(resolve_device(arguments.device)).split(",")[0])
+    path, tokenizer, text, settings = prepare(arguments.model, "raw", arguments.device)
+    name = settings["model"]
 
     with tempfile.TemporaryDirectory() as folder:
 

@@ -6,7 +6,7 @@ python scripts/precisions_report.py
 from typing import Any
 
 from precisions import SEPARATE
-from readme import read, write
+from readme import read, settings_of, write
 
 BEGIN, END = "<!-- precisions: written by scripts/precisions_report.py -->", "<!-- end of precisions -->"
 
@@ -21,9 +21,7 @@ def markdown(result: dict[str, Any]) -> str:
     records = result["records"]
     bits = sorted({record["bits"] for record in records}, reverse=True)
     lines = [
-        f"**{result['model']}**, `--method feedback`, g = {records[0]['group']} ({result['dataset']}, protocol "
-        f"`{result['protocol']}`, {records[0]['windows']} windows, {result['dtype']} on "
-        f"{result['device'].removeprefix('NVIDIA ')}, torch {result['torch']}, {result['date']}):",
+        f"**{result['model']}**, `--method feedback`, g = {records[0]['group']} ({settings_of(result, records[0]['windows'])}):",
         "",
         "| stored as | " + " | ".join(f"{b} bits" for b in bits) + " | bits per weight on disk |",
         "|---|" + "---|" * (len(bits) + 1),

@@ -14,20 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from measured import environment, measure_rows
+from measured import measure_rows, prepare
 from readme import RESULTS
 
 from lutq.config import QuantConfig, make_config
-from lutq.data import load_text
 from lutq.evaluate import measure
 from lutq.hf import load
 from lutq.linear import LutLinear
 from lutq.quantize import quantize_checkpoint
 from lutq.report import Report, bits_per_weight, relative_error
-from lutq.runtime import device_name, resolve_device
-from lutq.source import locate
-from lutq.tokens import load_tokenizer
 
 FEEDBACK = {"method": "feedback", "calib_windows": 64}
 STAGES: dict[str, dict[str, Any]] = {
@@ -75,10 +70,8 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    path, name = locate(arguments.model)
-    tokenizer, text = load_tokenizer(path), load_text("wikitext2", "raw")
-    settings = environment(name, "raw", device_name(resolve_device(arguments.device)).split(",")[0])
+    path, tokenizer, text, settings = prepare(arguments.model, "raw", arguments.device)
+    name = settings["model"]
     settings["max_windows"] = arguments.max_windows
     suffix = f"-first{arguments.max_windows}" if arguments.max_windows else ""
 

@@ -6,7 +6,7 @@ python scripts/quality_report.py              # needs matplotlib (extra `test`)
 from typing import Any
 
 from perplexity_report import number, plot
-from readme import RESULTS, read, write
+from readme import RESULTS, read, settings_of, write
 
 BEGIN, END = "<!-- quality: written by scripts/quality_report.py -->", "<!-- end of quality -->"
 
@@ -23,9 +23,7 @@ def markdown(result: dict[str, Any]) -> str:
     group = next(record["group"] for record in records if record["group"])
     bits = sorted({record["bits"] for record in records} - {16}, reverse=True)
     lines = [
-        f"**{result['model']}**, g = {group}, fp16 {fp16['ppl']:.2f} ({result['dataset']}, protocol `{result['protocol']}`, "
-        f"{fp16['windows']} windows, {result['dtype']} on {result['device'].removeprefix('NVIDIA ')}, torch {result['torch']}, "
-        f"{result['date']}):",
+        f"**{result['model']}**, g = {group}, fp16 {fp16['ppl']:.2f} ({settings_of(result, fp16['windows'])}):",
         "",
         "| recipe or flags | " + " | ".join(f"{b:g} bits" for b in bits) + " |",
         "|---|" + "---|" * len(bits),

@@ -14,6 +14,15 @@ def read(pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
 
 
+def settings_of(result: dict[str, Any], windows: int) -> str:
+    """What a result's figures are of, for a table of `scripts/measured.py`'s records."""
+    device = result["device"].removeprefix("NVIDIA ")
+    return (
+        f"{result['dataset']}, protocol `{result['protocol']}`, {windows} windows, {result['dtype']} on {device}, "
+        f"torch {result['torch']}, {result['date']}"
+    )
+
+
 def write(begin: str, tables: str, end: str) -> None:
     """Put the tables between two marks of the README."""
     readme = ROOT / "README.md"

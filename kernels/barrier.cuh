@@ -1,4 +1,4 @@
-// Barriers in shared memory, which copies and other blocks report to.
+// Barriers in shared memory, to which warps, copies and other blocks report.
 #pragma once
 #include <stdint.h>
 
