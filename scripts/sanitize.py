@@ -1,7 +1,12 @@
-"""Products of every kind, and a step's other kernels, on small layers: what scripts/sanitize.sh runs under compute-sanitizer."""
+"""Products of every kind, and a step's other kernels, on small layers: what scripts/sanitize.sh runs under compute-sanitizer.
 
+python scripts/sanitize.py [PART...]        # PART is a name of `parts`; all if there is none
+"""
+
+import functools
 import itertools
-from typing import Any
+import sys
+from collections.abc import Callable
 
 import torch
 
@@ -47,11 +52,10 @@ ATTENTION = (
 )
 
 
-def products(device: torch.device) -> int:
+def products(device: torch.device, bits: int) -> int:
     """Run them; how many."""
     cases = 0
-    for bits, (grid, offsets), (N, K, group) in itertools.product(
-        (1, 2, 3, 4),
+    for (grid, offsets), (N, K, group) in itertools.product(
         (("bcq", True), ("uniform", True)),
         ((80, 1280, 128), (33, 1100, 32)),
     ):
@@ -64,11 +68,10 @@ def products(device: torch.device) -> int:
     return cases
 
 
-def one_row(device: torch.device) -> int:
+def one_row(device: torch.device, bits: int) -> int:
     """Run lut_gemv where the GPU has it, for y and for sums; how many times."""
     cases = 0
-    for bits, (grid, offsets), (N, K, group, dtype) in itertools.product(
-        (1, 2, 3, 4),
+    for (grid, offsets), (N, K, group, dtype) in itertools.product(
         (("bcq", True), ("bcq", False), ("uniform", True)),
         ((80, 1280, 128, torch.float16), (33, 2100, 64, torch.bfloat16), (20, 72, 0, torch.float32)),
     ):
@@ -158,18 +161,30 @@ def attention(do: Kernels, dtype: torch.dtype) -> int:
     return cases
 
 
-def decode(do: Any) -> int:
-    """Run the kernels of a step; how many times."""
-    return sum(run(do, dtype) for run in (small_kernels, attention) for dtype in (torch.float16, torch.bfloat16))
+def decode(run: Callable[[Kernels, torch.dtype], int], device: torch.device) -> int:
+    """Run kernels of a step in both dtypes; how many times."""
+    do = Kernels(device)
+    return sum(run(do, dtype) for dtype in (torch.float16, torch.bfloat16))
+
+
+def parts() -> dict[str, Callable[[torch.device], int]]:
+    """Name of a part -> what runs its cases and says how many there are."""
+    found: dict[str, Callable[[torch.device], int]] = {}
+    for bits in (1, 2, 3, 4):
+        found[f"products-{bits}"] = functools.partial(products, bits=bits)
+        found[f"one_row-{bits}"] = functools.partial(one_row, bits=bits)
+    return found | {run.__name__: functools.partial(decode, run) for run in (small_kernels, attention)}
 
 
 def main() -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    cases = products(device) + one_row(device)
-    with torch.inference_mode():
-        cases += decode(Kernels(device))
-    torch.cuda.synchronize()
-    print(f"{cases} cases")
+    found, device = parts(), torch.device("cuda", torch.cuda.current_device())
+    for name in sys.argv[1:] or found:
+        if name not in found:
+            sys.exit(f"there is no part {name}: take some of {', '.join(found)}")
+        with torch.inference_mode():
+            cases = found[name](device)
+        torch.cuda.synchronize()
+        print(f"{name}: {cases} cases", flush=True)
 
 
 if __name__ == "__main__":

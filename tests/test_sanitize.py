@@ -41,7 +41,7 @@ def test_cases_of_lut_gemv_are_what_the_kernel_takes(sanitize, monkeypatch, gpu)
         monkeypatch.setattr(module, "properties", lambda device: gpu)
         monkeypatch.setattr(module, "kernels", lambda device: Entries())
     monkeypatch.setattr(lutq.cuda, "start", lambda entry, a, partial, *how: seen.append((entry, a, partial.value, *how)))
-    assert sanitize.one_row(torch.device("cpu")) == len(seen)
+    assert sum(sanitize.one_row(torch.device("cpu"), bits) for bits in (1, 2, 3, 4)) == len(seen)
     if not gpu.clusters:
         assert not seen
         return
@@ -70,9 +70,11 @@ def test_cases_of_decode_are_what_the_kernels_take(sanitize, monkeypatch, cluste
     seen = []
     monkeypatch.setattr(steps, "start", lambda entry, a: seen.append((entry, a)))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    do = object.__new__(steps.Kernels)
-    do.found, do.gpu, do.device, do.ahead = Entries(), Gpu("X", 132, 232448, clusters, True), torch.device("cpu"), False
-    assert sanitize.decode(do) == len(seen)
+    gpu = Gpu("X", 132, 232448, clusters, True)
+    monkeypatch.setattr(steps, "properties", lambda device: gpu)
+    monkeypatch.setattr(steps, "kernels", lambda device: Entries())
+    found = sanitize.parts()
+    assert sum(found[name](torch.device("cpu")) for name in ("small_kernels", "attention")) == len(seen)
     for entry, a in seen:
         about = {name: getattr(a, name) for name, _ in a._fields_}
         results = [y for y in about.values() if isinstance(y, steps.ResultArguments)]
@@ -110,10 +112,14 @@ TOOL = """#!/bin/sh
 [ "$1" = --version ] && { echo Copyright; echo "Version 1"; exit; }
 echo "========= COMPUTE-SANITIZER"
 echo "========= of $2"
-[ "$2" = slow ] && { touch "$0.slow"; exec sleep 60; }
+[ "$2" = slow ] && exec sleep 60
 [ "$2" = broken ] && exit 7
-echo "24 cases"
+for part in "$@"; do :; done
+echo "$part: 24 cases"
 """
+
+PARTS = ["small_kernels", "attention", *(f"{name}-{bits}" for bits in (1, 2, 3, 4) for name in ("products", "one_row"))]
+REPORT = "".join(f"========= of {{tool}}\n{part}: 24 cases\n" for part in PARTS)
 
 
 @pytest.fixture
@@ -139,7 +145,7 @@ def test_reports_of_all_tools(run, tmp_path):
     assert printed == text
     assert text.splitlines()[1:3] == ["X, 1.2", "Version 1"]
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        assert f"== {tool}\n========= of {tool}\n24 cases\n" in text
+        assert f"== {tool}\n{REPORT.format(tool=tool)}" in text
     assert [path.name for path in tmp_path.glob("out.txt*")] == ["out.txt"]
 
 
@@ -149,17 +155,22 @@ def test_tools_one_after_the_other(run, tmp_path):
         assert run(out, tool).wait(timeout=60) == 0
     text = out.read_text()
     assert text.count("X, 1.2\n") == 2
-    assert "== memcheck\n========= of memcheck\n24 cases\n" in text
-    assert text.endswith("== broken\n========= of broken\nexit code 7\n")
+    assert f"== memcheck\n{REPORT.format(tool='memcheck')}" in text
+    assert text.endswith("== broken\n" + len(PARTS) * "========= of broken\nexit code 7\n")
+
+
+def test_parts_are_those_of_the_script(sanitize):
+    assert sorted(sanitize.parts()) == sorted(PARTS)
 
 
 def test_what_was_said_before_a_kill_is_kept(run, tmp_path):
     out = tmp_path / "out.txt"
     process = run(out, "slow", "memcheck")
     until = time.monotonic() + 60
-    while not ((tmp_path / "compute-sanitizer.slow").exists() and "24 cases" in out.read_text()) and time.monotonic() < until:
+    slow = tmp_path / "out.txt.slow.attention"
+    while not (slow.exists() and slow.read_text() and "24 cases" in out.read_text()) and time.monotonic() < until:
         time.sleep(0.02)
     os.killpg(process.pid, 9)
     process.wait(timeout=60)
-    assert "== memcheck\n========= of memcheck\n24 cases\n" in out.read_text()
-    assert "========= of slow\n" in (tmp_path / "out.txt.slow").read_text()
+    assert f"== memcheck\n{REPORT.format(tool='memcheck')}" in out.read_text()
+    assert "========= of slow\n" in slow.read_text()
