@@ -80,7 +80,10 @@ def test_cases_of_decode_are_what_the_kernels_take(sanitize, monkeypatch, cluste
         if entry in ("lutq_embedding", "lutq_norm"):
             assert a.K % 8 == 0, about
             assert a.K <= steps.MOST_HIDDEN, about
-        if entry == "lutq_norm" and a.y.slabs:
+        if entry == "lutq_norm" and a.inboxes.world:
+            assert a.inboxes.most >= a.M * a.K, about
+            assert a.cluster == 1 or a.cluster * 2048 >= a.K, about
+        elif entry == "lutq_norm" and a.y.slabs:
             assert a.cluster in (1, 2, 4, 8), about
             assert a.cluster * 2048 >= a.K, about
         elif entry == "lutq_norm":
