@@ -1,7 +1,7 @@
 """The functions of lutq/decode/reference.py by the kernels of kernels/decode.cu: fp16 and bf16, on a GPU, capturable.
 
 Kernels are launched on the current stream of the current device, each of them before the one ahead has ended (programmatic
-dependent launch). Nothing is allocated except the workspace.
+dependent launch). Nothing is allocated except the workspace and inboxes.
 """
 
 import contextlib
