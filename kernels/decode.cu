@@ -148,7 +148,7 @@ template <int DTYPE> __global__ void __launch_bounds__(FLAT) embedding(const Emb
   store8(a.h + (int64_t)m * a.K + k, v);
 }
 
-// h += y; x = norm(h), RMSNorm or LayerNorm. Of several GPUs y is a part, and the sum of all parts is added.
+// h += y; x = norm(h), RMSNorm or LayerNorm. SEVERAL GPUs have a part of y each, and the sum of all parts is added.
 //
 // A block takes a row. A cluster does (SHARED) where there is more to read than a row: y in sums, or of several GPUs.
 
@@ -166,12 +166,14 @@ struct Norm {
 constexpr int NORM_THREADS = 512, SHARED_THREADS = 256;         // of a block
 constexpr int NORM_WARPS = MOST_CLUSTER * SHARED_THREADS / 32;  // of a cluster
 
-template <int DTYPE, int ITEMS, bool SHARED>
+template <int DTYPE, int ITEMS, bool SHARED, bool SEVERAL>
 __global__ void __launch_bounds__(SHARED ? SHARED_THREADS : NORM_THREADS, 1) norm(const Norm a) {
   __shared__ __align__(16) float4 found[NORM_WARPS];  // of every warp of the cluster: how many numbers, their mean, squares
   launch_dependents();
   const int all = a.K / 8, share = SHARED ? (all + a.cluster - 1) / a.cluster : all;
-  const int m = SHARED ? blockIdx.x / a.cluster : blockIdx.x, rank = SHARED ? blockIdx.x % a.cluster : 0, end = min((rank + 1) * share, all);
+  const int m = !SHARED ? blockIdx.x : SEVERAL ? blockIdx.x / a.cluster : 0, rank = SHARED ? blockIdx.x - m * a.cluster : 0;
+  const int end = min((rank + 1) * share, all), vectors = a.M * all;
+  const bool sums = SHARED && (!SEVERAL || a.y.slabs);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int64_t row = (int64_t)m * a.K;
   uint4 weight[ITEMS], bias[ITEMS], y[ITEMS], y_bias[1] = {make_uint4(0, 0, 0, 0)};
@@ -187,8 +189,7 @@ __global__ void __launch_bounds__(SHARED ? SHARED_THREADS : NORM_THREADS, 1) nor
   }
   if (SHARED && a.cluster > 1) cluster_barrier();  // all its blocks have begun
   wait_previous();
-  const bool several = a.inboxes.world > 1;
-  const uint32_t flag = several ? flag_of(a.inboxes) : 0;
+  const uint32_t flag = SEVERAL ? flag_of(a.inboxes) : 0;
   float h[ITEMS][8], sum = 0.f, square = 0.f, count = 0.f;
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
@@ -197,17 +198,17 @@ __global__ void __launch_bounds__(SHARED ? SHARED_THREADS : NORM_THREADS, 1) nor
 #pragma unroll
     for (int j = 0; j < 8; j++) h[i][j] = 0.f;
     if (v < end) {
-      if (a.y.data && !(SHARED && a.y.slabs)) y[i] = load8(a.y.data, m * a.y.stride + 8 * v);
+      if (!sums && a.y.data) y[i] = load8(a.y.data, m * a.y.stride + 8 * v);
       load8(h[i], a.h + row + 8 * v);
     }
   }
-  if (!SHARED && several) {  // everything is sent before anything is waited for
+  if (SEVERAL && !SHARED) {  // everything is sent before anything is waited for
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
       const int v = threadIdx.x + i * blockDim.x;
       float part[8];
       unpack<DTYPE>(part, y[i]);
-      if (v < end) send(a.inboxes, flag, m * all + v, a.M * all, part);
+      if (v < end) send(a.inboxes, flag, m * all + v, vectors, part);
     }
   }
 #pragma unroll
@@ -216,11 +217,11 @@ __global__ void __launch_bounds__(SHARED ? SHARED_THREADS : NORM_THREADS, 1) nor
     if (v >= end) continue;
     if (a.y.data) {
       float add[1][8];
-      if (SHARED && a.y.slabs) add_slabs<DTYPE, 1, 12>(add, {a.y}, y_bias, 8 * v);
+      if (sums) add_slabs<DTYPE, 1, 12>(add, {a.y}, y_bias, 8 * v);
       else unpack<DTYPE>(add[0], y[i]);
-      if (several) {
-        if (SHARED) send(a.inboxes, flag, m * all + v, a.M * all, add[0]);
-        receive<SHARED ? 4 : 1>(a.inboxes, flag, m * all + v, a.M * all, add[0]);
+      if (SEVERAL) {
+        if (SHARED) send(a.inboxes, flag, m * all + v, vectors, add[0]);
+        receive<SHARED ? 4 : 1>(a.inboxes, flag, m * all + v, vectors, add[0]);
       }
 #pragma unroll
       for (int j = 0; j < 8; j++) h[i][j] += add[0][j];
@@ -645,17 +646,17 @@ template <int DTYPE, int LANES> int launch_attention(const Attention& a, cudaStr
   return launch_kernel(kernel, blocks, a.cluster, WARPS * 32, 0, stream, a);
 }
 
-template <int DTYPE> int launch_norm(const Norm& a, cudaStream_t stream) {
+template <int DTYPE, bool SEVERAL> int launch_norm(const Norm& a, cudaStream_t stream) {
   const int vectors = (a.K / 8 + a.cluster - 1) / a.cluster, items = (vectors + NORM_THREADS - 1) / NORM_THREADS;
   const int threads = ((vectors + items - 1) / items + 31) / 32 * 32;
   if (a.y.slabs || a.cluster > 1) {
     if (items > 1 || threads > SHARED_THREADS) return cudaErrorInvalidValue;
-    return launch_kernel(norm<DTYPE, 1, true>, a.M * a.cluster, a.cluster, threads, 0, stream, a);
+    return launch_kernel(norm<DTYPE, 1, true, SEVERAL>, a.M * a.cluster, a.cluster, threads, 0, stream, a);
   }
-  if (items == 1) return launch_kernel(norm<DTYPE, 1, false>, a.M, 1, threads, 0, stream, a);
-  if (items == 2) return launch_kernel(norm<DTYPE, 2, false>, a.M, 1, threads, 0, stream, a);
-  if (items == 3) return launch_kernel(norm<DTYPE, 3, false>, a.M, 1, threads, 0, stream, a);
-  return launch_kernel(norm<DTYPE, 4, false>, a.M, 1, threads, 0, stream, a);
+  if (items == 1) return launch_kernel(norm<DTYPE, 1, false, SEVERAL>, a.M, 1, threads, 0, stream, a);
+  if (items == 2) return launch_kernel(norm<DTYPE, 2, false, SEVERAL>, a.M, 1, threads, 0, stream, a);
+  if (items == 3) return launch_kernel(norm<DTYPE, 3, false, SEVERAL>, a.M, 1, threads, 0, stream, a);
+  return launch_kernel(norm<DTYPE, 4, false, SEVERAL>, a.M, 1, threads, 0, stream, a);
 }
 
 bool allowed(const Result& from, int M) { return from.stride % (from.slabs ? 4 : 8) == 0 && (from.slabs == 0 || M == 1); }
@@ -680,15 +681,17 @@ extern "C" int lutq_embedding(const Embedding* a, cudaStream_t stream) {
 
 // Strides of results are multiples of 16 bytes, and where there are slabs M == 1.
 
-// K % 8 == 0, K <= 16384; cluster: a power of two up to 8, and at least K / 2048 unless it is 1 and y are rows. For several GPUs
-// there is a y, of inboxes.most numbers at most, and so few blocks that all of them run at once.
+// K % 8 == 0, K <= 16384; cluster: for rows of one GPU 1, otherwise a power of two up to 8, at least K / 2048 unless it is 1 and y
+// are rows. For several GPUs there is a y, of inboxes.most numbers at most, and so few blocks that all of them run at once.
 extern "C" int lutq_norm(const Norm* a, cudaStream_t stream) {
   if (a->K % 8 || a->K > 4 * 8 * NORM_THREADS || !allowed(a->y, a->M)) return cudaErrorInvalidValue;
-  if (a->cluster < 1 || a->cluster > MOST_CLUSTER) return cudaErrorInvalidValue;
   const Inboxes& to = a->inboxes;
-  if (to.world > 1 && (!a->y.data || (int64_t)a->M * a->K > to.most || to.world > MOST_RANKS || to.turn >> TURN_BITS))
-    return cudaErrorInvalidValue;
-  return a->dtype == F16 ? launch_norm<F16>(*a, stream) : launch_norm<BF16>(*a, stream);
+  const bool several = to.world > 1;
+  if (a->cluster < 1 || a->cluster > (a->y.slabs || several ? MOST_CLUSTER : 1)) return cudaErrorInvalidValue;
+  if (!several) return a->dtype == F16 ? launch_norm<F16, false>(*a, stream) : launch_norm<BF16, false>(*a, stream);
+  if (!a->y.data || (int64_t)a->M * a->K > to.most) return cudaErrorInvalidValue;
+  if (to.world > MOST_RANKS || to.turn >> TURN_BITS) return cudaErrorInvalidValue;
+  return a->dtype == F16 ? launch_norm<F16, true>(*a, stream) : launch_norm<BF16, true>(*a, stream);
 }
 
 // F % 8 == 0; gate and up have as many slabs
