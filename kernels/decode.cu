@@ -5,6 +5,7 @@
 // Numbers are fp16 or bf16 (`dtype`), sums and the residual stream h fp32. Each entry point has a reference in
 // lutq/decode/reference.py and its structure in lutq/decode/steps.py, in the same field order. M is rows: sequences, or tokens
 // of a prompt. Entry points return a cudaError_t.
+#include "inbox.cuh"
 #include "launch.cuh"
 #include "layout.cuh"
 
@@ -117,7 +118,7 @@ __device__ __forceinline__ void store_cluster(float4* p, int rank, float4 v) {
 #endif
 }
 
-// h[m] = table[token[m]] + learned[position[m]]
+// h[m] = table[token[m]] + learned[position[m]]; a step of several GPUs begins here, and is counted
 
 struct Embedding {
   const int64_t* token;     // [M]
@@ -125,6 +126,7 @@ struct Embedding {
   const void* table;        // [vocabulary, K]
   const void* learned;      // [positions, K], or null
   float* h;                 // [M, K]
+  uint32_t* step;           // of inbox.cuh, or null
   int M, K, dtype;
 };
 
@@ -135,6 +137,7 @@ template <int DTYPE> __global__ void __launch_bounds__(FLAT) embedding(const Emb
   wait_previous();
   const int vectors = a.K / 8, i = blockIdx.x * FLAT + threadIdx.x, m = i / vectors, k = 8 * (i - m * vectors);
   if (m >= a.M) return;
+  if (a.step && i == 0) ++*a.step;
   float v[8], p[8];
   unpack<DTYPE>(v, load8(a.table, a.token[m] * a.K + k));
   if (a.learned) {
@@ -145,7 +148,9 @@ template <int DTYPE> __global__ void __launch_bounds__(FLAT) embedding(const Emb
   store8(a.h + (int64_t)m * a.K + k, v);
 }
 
-// h += y; x = norm(h), RMSNorm or LayerNorm. A block takes a row; a cluster does where y is sums, which are many times as long.
+// h += y; x = norm(h), RMSNorm or LayerNorm. SEVERAL GPUs have a part of y each, and the sum of all parts is added.
+//
+// A block takes a row. A cluster does (SHARED) where there is more to read than a row: y in sums, or of several GPUs.
 
 struct Norm {
   Result y;            // [M, K], or nothing
@@ -155,17 +160,20 @@ struct Norm {
   void* x;             // [M, K]
   int M, K, centered, cluster, dtype;
   float eps;
+  Inboxes inboxes;  // where there are several GPUs
 };
 
-constexpr int NORM_THREADS = 512, SUMS_THREADS = 256;           // of a block
-constexpr int NORM_WARPS = MOST_CLUSTER * SUMS_THREADS / 32;  // of a cluster
+constexpr int NORM_THREADS = 512, SHARED_THREADS = 256;         // of a block
+constexpr int NORM_WARPS = MOST_CLUSTER * SHARED_THREADS / 32;  // of a cluster
 
-template <int DTYPE, int ITEMS, bool SUMS>
-__global__ void __launch_bounds__(SUMS ? SUMS_THREADS : NORM_THREADS, 1) norm(const Norm a) {
+template <int DTYPE, int ITEMS, bool SHARED, bool SEVERAL>
+__global__ void __launch_bounds__(SHARED ? SHARED_THREADS : NORM_THREADS, 1) norm(const Norm a) {
   __shared__ __align__(16) float4 found[NORM_WARPS];  // of every warp of the cluster: how many numbers, their mean, squares
   launch_dependents();
-  const int all = a.K / 8, share = SUMS ? (all + a.cluster - 1) / a.cluster : all;
-  const int m = SUMS ? 0 : blockIdx.x, rank = SUMS ? blockIdx.x : 0, end = min((rank + 1) * share, all);
+  const int all = a.K / 8, share = SHARED ? (all + a.cluster - 1) / a.cluster : all;
+  const int m = !SHARED ? blockIdx.x : SEVERAL ? blockIdx.x / a.cluster : 0, rank = SHARED ? blockIdx.x - m * a.cluster : 0;
+  const int end = min((rank + 1) * share, all), vectors = a.M * all;
+  const bool sums = SHARED && (!SEVERAL || a.y.slabs);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int64_t row = (int64_t)m * a.K;
   uint4 weight[ITEMS], bias[ITEMS], y[ITEMS], y_bias[1] = {make_uint4(0, 0, 0, 0)};
@@ -176,11 +184,12 @@ __global__ void __launch_bounds__(SUMS ? SUMS_THREADS : NORM_THREADS, 1) norm(co
     if (v < end) {
       weight[i] = load8(a.weight, 8 * v);
       if (a.bias) bias[i] = load8(a.bias, 8 * v);
-      if (SUMS) y_bias[0] = load_bias(a.y, 8 * v);
+      if (SHARED) y_bias[0] = load_bias(a.y, 8 * v);
     }
   }
-  if (SUMS && a.cluster > 1) cluster_barrier();  // all its blocks have begun
+  if (SHARED && a.cluster > 1) cluster_barrier();  // all its blocks have begun
   wait_previous();
+  const uint32_t flag = SEVERAL ? flag_of(a.inboxes) : 0;
   float h[ITEMS][8], sum = 0.f, square = 0.f, count = 0.f;
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
@@ -189,8 +198,17 @@ __global__ void __launch_bounds__(SUMS ? SUMS_THREADS : NORM_THREADS, 1) norm(co
 #pragma unroll
     for (int j = 0; j < 8; j++) h[i][j] = 0.f;
     if (v < end) {
-      if (!SUMS && a.y.data) y[i] = load8(a.y.data, m * a.y.stride + 8 * v);
+      if (!sums && a.y.data) y[i] = load8(a.y.data, m * a.y.stride + 8 * v);
       load8(h[i], a.h + row + 8 * v);
+    }
+  }
+  if (SEVERAL && !SHARED) {  // everything is sent before anything is waited for
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      const int v = threadIdx.x + i * blockDim.x;
+      float part[8];
+      unpack<DTYPE>(part, y[i]);
+      if (v < end) send(a.inboxes, flag, m * all + v, vectors, part);
     }
   }
 #pragma unroll
@@ -199,8 +217,12 @@ __global__ void __launch_bounds__(SUMS ? SUMS_THREADS : NORM_THREADS, 1) norm(co
     if (v >= end) continue;
     if (a.y.data) {
       float add[1][8];
-      if (SUMS) add_slabs<DTYPE, 1, 12>(add, {a.y}, y_bias, 8 * v);
+      if (sums) add_slabs<DTYPE, 1, 12>(add, {a.y}, y_bias, 8 * v);
       else unpack<DTYPE>(add[0], y[i]);
+      if (SEVERAL) {
+        if (SHARED) send(a.inboxes, flag, m * all + v, vectors, add[0]);
+        receive<SHARED ? 4 : 1>(a.inboxes, flag, m * all + v, vectors, add[0]);
+      }
 #pragma unroll
       for (int j = 0; j < 8; j++) h[i][j] += add[0][j];
     }
@@ -222,15 +244,15 @@ __global__ void __launch_bounds__(SUMS ? SUMS_THREADS : NORM_THREADS, 1) norm(co
         for (int j = 0; j < 8; j++) square += (h[i][j] - mean) * (h[i][j] - mean);
   }
   const float4 own = make_float4(count, mean, warp_sum(square), 0.f);
-  if (!SUMS) {
+  if (!SHARED) {
     if (lane == 0) found[warp] = own;
   } else if (lane < a.cluster) {
     store_cluster(found + rank * warps + warp, lane, own);
   }
-  if (SUMS && a.cluster > 1) cluster_barrier();
+  if (SHARED && a.cluster > 1) cluster_barrier();
   else __syncthreads();
   const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
-  const int entries = SUMS ? warps * a.cluster : warps;
+  const int entries = SHARED ? warps * a.cluster : warps;
   const float4 one = lane < entries ? found[lane] : zero, two = lane + 32 < entries ? found[lane + 32] : zero;
   if (a.centered) mean = warp_sum(one.x * one.y + two.x * two.y) / a.K;
   const auto squares = [&](float4 e) { return e.z + e.x * (e.y - mean) * (e.y - mean); };
@@ -624,17 +646,17 @@ template <int DTYPE, int LANES> int launch_attention(const Attention& a, cudaStr
   return launch_kernel(kernel, blocks, a.cluster, WARPS * 32, 0, stream, a);
 }
 
-template <int DTYPE> int launch_norm(const Norm& a, cudaStream_t stream) {
+template <int DTYPE, bool SEVERAL> int launch_norm(const Norm& a, cudaStream_t stream) {
   const int vectors = (a.K / 8 + a.cluster - 1) / a.cluster, items = (vectors + NORM_THREADS - 1) / NORM_THREADS;
   const int threads = ((vectors + items - 1) / items + 31) / 32 * 32;
-  if (a.y.slabs) {
-    if (items > 1 || threads > SUMS_THREADS) return cudaErrorInvalidValue;
-    return launch_kernel(norm<DTYPE, 1, true>, a.cluster, a.cluster, threads, 0, stream, a);
+  if (a.y.slabs || a.cluster > 1) {
+    if (items > 1 || threads > SHARED_THREADS) return cudaErrorInvalidValue;
+    return launch_kernel(norm<DTYPE, 1, true, SEVERAL>, a.M * a.cluster, a.cluster, threads, 0, stream, a);
   }
-  if (items == 1) return launch_kernel(norm<DTYPE, 1, false>, a.M, 1, threads, 0, stream, a);
-  if (items == 2) return launch_kernel(norm<DTYPE, 2, false>, a.M, 1, threads, 0, stream, a);
-  if (items == 3) return launch_kernel(norm<DTYPE, 3, false>, a.M, 1, threads, 0, stream, a);
-  return launch_kernel(norm<DTYPE, 4, false>, a.M, 1, threads, 0, stream, a);
+  if (items == 1) return launch_kernel(norm<DTYPE, 1, false, SEVERAL>, a.M, 1, threads, 0, stream, a);
+  if (items == 2) return launch_kernel(norm<DTYPE, 2, false, SEVERAL>, a.M, 1, threads, 0, stream, a);
+  if (items == 3) return launch_kernel(norm<DTYPE, 3, false, SEVERAL>, a.M, 1, threads, 0, stream, a);
+  return launch_kernel(norm<DTYPE, 4, false, SEVERAL>, a.M, 1, threads, 0, stream, a);
 }
 
 bool allowed(const Result& from, int M) { return from.stride % (from.slabs ? 4 : 8) == 0 && (from.slabs == 0 || M == 1); }
@@ -659,11 +681,17 @@ extern "C" int lutq_embedding(const Embedding* a, cudaStream_t stream) {
 
 // Strides of results are multiples of 16 bytes, and where there are slabs M == 1.
 
-// K % 8 == 0, K <= 16384; cluster: for rows 1, for sums a power of two up to 8, at least K / 2048
+// K % 8 == 0, K <= 16384; cluster: for rows of one GPU 1, otherwise a power of two up to 8, at least K / 2048 unless it is 1 and y
+// are rows. For several GPUs there is a y, of inboxes.most numbers at most, and so few blocks that all of them run at once.
 extern "C" int lutq_norm(const Norm* a, cudaStream_t stream) {
   if (a->K % 8 || a->K > 4 * 8 * NORM_THREADS || !allowed(a->y, a->M)) return cudaErrorInvalidValue;
-  if (a->cluster < 1 || a->cluster > (a->y.slabs ? MOST_CLUSTER : 1)) return cudaErrorInvalidValue;
-  return a->dtype == F16 ? launch_norm<F16>(*a, stream) : launch_norm<BF16>(*a, stream);
+  const Inboxes& to = a->inboxes;
+  const bool several = to.world > 1;
+  if (a->cluster < 1 || a->cluster > (a->y.slabs || several ? MOST_CLUSTER : 1)) return cudaErrorInvalidValue;
+  if (!several) return a->dtype == F16 ? launch_norm<F16, false>(*a, stream) : launch_norm<BF16, false>(*a, stream);
+  if (!a->y.data || (int64_t)a->M * a->K > to.most) return cudaErrorInvalidValue;
+  if (to.world > MOST_RANKS || to.turn >> TURN_BITS) return cudaErrorInvalidValue;
+  return a->dtype == F16 ? launch_norm<F16, true>(*a, stream) : launch_norm<BF16, true>(*a, stream);
 }
 
 // F % 8 == 0; gate and up have as many slabs

@@ -28,6 +28,7 @@ from lutq.decode.products import Sums, padded
 from lutq.decode.shape import Shape
 from lutq.decode.steps import FUNCTIONS, Kernels, Plan
 from lutq.decode.weights import Norm
+from lutq.parallel.inboxes import Inboxes, inbox_bytes
 from lutq.trial import random_packed
 
 # Every mode of every kernel.
@@ -41,6 +42,7 @@ MATRIX = (
     (200, torch.float16),
 )
 HIDDEN = (72, 4104, 8200, 16384)  # of norms: one to four vectors of 8 numbers a thread
+RANKS_HIDDEN = (72, 4104, 16384)  # of those that sum over ranks: by a block, by a cluster, by a block that has no room for more
 SLABS = (1, 5, 13)  # of sums; kernels add 12 at a time at most
 # M, heads, heads of keys and values, their size, capacity, how attention is launched
 ATTENTION = (
@@ -134,6 +136,27 @@ def small_kernels(do: Kernels, dtype: torch.dtype) -> int:
     return cases
 
 
+def sums_over_ranks(do: Kernels, dtype: torch.dtype) -> int:
+    """Run norms that sum over two ranks, as one of them, the other's numbers being there already; how many times."""
+    cases = 0
+    for K, M in zip(RANKS_HIDDEN, (3, 1, 16), strict=True):
+        flag, size = 1 << 10 | 1, inbox_bytes(2, M * K) // 4  # of turn 1 of the first step
+        other = torch.empty(size, dtype=torch.int32, device=do.device)
+        own = torch.full_like(other, flag)  # for numbers, too
+        inboxes = Inboxes([other.data_ptr(), own.data_ptr()], 1, M * K, do.device)
+        token, position = (torch.arange(M, device=do.device) for _ in range(2))
+        h, x = torch.empty(M, K, device=do.device), torch.empty(M, K, dtype=dtype, device=do.device)
+        do.embed(token, position, draw(do, dtype, 16, K), None, h, inboxes.step)
+        by = Norm(draw(do, dtype, K), None, 1e-5, False)
+        sums = [draw_sums(do, dtype, count, K) for count in (SLABS if M == 1 and do.gpu.clusters else ())]
+        for y in (draw(do, dtype, M, K), *sums):
+            do.norm(h, y, by, x, inboxes.at(1))
+            cases += 1
+        torch.cuda.synchronize(do.device)
+        cases += 1
+    return cases
+
+
 def attention(do: Kernels, dtype: torch.dtype) -> int:
     """Run attention; how many times. What it must not read of the caches is not initialized."""
     cases = 0
@@ -173,7 +196,7 @@ def parts() -> dict[str, Callable[[torch.device], int]]:
     for bits in (1, 2, 3, 4):
         found[f"products-{bits}"] = functools.partial(products, bits=bits)
         found[f"one_row-{bits}"] = functools.partial(one_row, bits=bits)
-    return found | {run.__name__: functools.partial(decode, run) for run in (small_kernels, attention)}
+    return found | {run.__name__: functools.partial(decode, run) for run in (small_kernels, sums_over_ranks, attention)}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ for name in lut_gemm lut_gemv fused_gemm dequantize decode; do regexes+=(--kerne
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
   compute-sanitizer --version | tail -n 1
 } >>"$out"
-parts=(small_kernels attention)
+parts=(small_kernels sums_over_ranks attention)
 for bits in 1 2 3 4; do parts+=("products-$bits" "one_row-$bits"); done
 report() {
   for part in "${parts[@]}"; do

@@ -24,12 +24,14 @@ from lutq.decode.weights import weights_of
 from lutq.errors import LutqError
 from lutq.linear import LutLinear
 from lutq.pack import Packed, dequantize
+from lutq.parallel import inboxes
+from lutq.parallel.inboxes import Inboxes, inbox_bytes
 from lutq.paths import shipped
 from lutq.prepack import unpack_codes, unpack_records
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "kernels" / "decode.cu").read_text(encoding="utf-8")
-SUMS_THREADS = int(re.search(r" SUMS_THREADS = (\d+)", TEXT)[1])
+TEXT = "".join((ROOT / "kernels" / name).read_text(encoding="utf-8") for name in ("inbox.cuh", "decode.cu"))
+SHARED_THREADS = int(re.search(r" SHARED_THREADS = (\d+)", TEXT)[1])
 H200 = Gpu("NVIDIA H200", 132, 232448, True, True)
 PARAMETERS = {
     "opt-125m": 125e6,
@@ -276,6 +278,7 @@ def test_bench_needs_a_gpu(lutq_command):
 STRUCTURES = {
     "Result": steps.ResultArguments,
     "Embedding": steps.EmbeddingArguments,
+    "Inboxes": steps.InboxesArguments,
     "Norm": steps.NormArguments,
     "Activation": steps.ActivationArguments,
     "Choice": steps.ChoiceArguments,
@@ -298,8 +301,10 @@ def fields_of(name):
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structures_are_those_of_the_kernels(name):
     kinds = {"pointer": ctypes.c_void_p, "int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
-    kinds["Result"] = steps.ResultArguments
-    assert [(field, kinds[kind]) for field, kind in fields_of(name)] == list(STRUCTURES[name]._fields_)
+    kinds |= {"Result": steps.ResultArguments, "Inboxes": steps.InboxesArguments}
+    found = [(field, kinds[kind]) for field, kind in fields_of(name)]
+    found = [("inbox", kind * inboxes.MOST_RANKS) if field == "inbox[MOST_RANKS]" else (field, kind) for field, kind in found]
+    assert found == list(STRUCTURES[name]._fields_)
 
 
 def test_numbers_are_those_of_the_kernels():
@@ -307,6 +312,8 @@ def test_numbers_are_those_of_the_kernels():
     assert {key.lower(): int(value) for key, value in re.findall(r"(\w+) = (\d)", functions)} == FUNCTIONS
     assert set(FUNCTIONS) == set(reference.FUNCTIONS)
     assert f"MOST_CLUSTER = {steps.MOST_CLUSTER};" in TEXT
+    assert f"MOST_RANKS = {inboxes.MOST_RANKS}," in TEXT
+    assert ctypes.sizeof(steps.InboxesArguments) == 8 * inboxes.MOST_RANKS + 8 + 16, "no padding"
     threads = int(re.search(r"NORM_THREADS = (\d+)", TEXT)[1])
     assert 4 * 8 * threads == steps.MOST_HIDDEN
 
@@ -332,10 +339,34 @@ def test_norms_that_read_sums_are_shared():
     for K in (8, 96, 256, 520, 576, 768, 4096, 5120, 9216, 12288, 16384):
         blocks = steps.shared_by(K, H200)
         assert blocks in (1, 2, 4, 8), f"{K=} {blocks=}"
-        assert 8 * SUMS_THREADS * blocks >= K, f"{K=} {blocks=}: more than the threads of the kernel"
+        assert 8 * SHARED_THREADS * blocks >= K, f"{K=} {blocks=}: more than the threads of the kernel"
         assert blocks == 1 or blocks * steps.SHARE <= K, f"{K=} {blocks=}"
     assert steps.shared_by(4096, H200) == 8
     assert steps.shared_by(4096, H200._replace(clusters=False)) == 1
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+def test_norms_that_wait_for_other_gpus_run_at_once(clusters):
+    gpu, sums = H200._replace(clusters=clusters), Sums(torch.empty(2, 16), None)
+    for K in (8, 512, 4096, 8200, 16384):
+        for M in range(1, steps.MOST_BATCH + 1):
+            blocks = steps.cluster_of(torch.empty(M, K), M, K, True, gpu)
+            assert 2 * M * blocks <= gpu.processors, f"{K=} {M=} {blocks=}"
+            assert blocks in (1, steps.shared_by(K, gpu)), f"{K=} {M=} {blocks=}: too few threads"
+            assert steps.cluster_of(torch.empty(M, K), M, K, False, gpu) == 1
+        assert steps.cluster_of(sums, 1, K, False, gpu) == steps.shared_by(K, gpu)
+    assert steps.cluster_of(torch.empty(3, 8192), 3, 8192, True, gpu) == (8 if clusters else 1)
+
+
+def test_inboxes_are_told_to_the_kernels():
+    found = Inboxes([4096, 8192, 12288], 2, 1 << 17, torch.device("cpu"))
+    a = found.at(5)
+    assert list(a.inbox) == [4096, 8192, 12288, *[None] * 5]
+    assert (a.step, a.rank, a.world, a.turn, a.most) == (found.step.data_ptr(), 2, 3, 5, 1 << 17)
+    assert found.step.tolist() == [0]
+    most = steps.MOST_BATCH * steps.MOST_HIDDEN
+    for world in range(2, inboxes.MOST_RANKS + 1):
+        assert inbox_bytes(world, most) % (2 << 20) == 0, "what lutq_inbox_make takes"
 
 
 def test_results_are_told_to_the_kernels():

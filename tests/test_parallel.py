@@ -3,7 +3,10 @@
 Ranks are threads where only numbers matter, and processes with gloo where processes do. tests/gpu/test_ranks.py has the GPUs.
 """
 
+import contextlib
+import ctypes
 import dataclasses
+import io
 import json
 import re
 import signal
@@ -30,6 +33,7 @@ from lutq.generate import Sampling
 from lutq.hf import load
 from lutq.linear import LutLinear
 from lutq.pack import dequantize
+from lutq.parallel import inboxes
 from lutq.parallel import load as loader
 from lutq.parallel.load import load_part
 from lutq.parallel.ranks import ALONE, Ranks, join, side_by_side
@@ -304,18 +308,59 @@ def test_communication_is_a_kind_of_work_of_its_own(checkpoint, monkeypatch):
         calls.clear()
         step()
         kind.append(list(calls))
-        return measure.StepTime(1.0, 1.0)
+        return measure.StepTime(1.0 + len(calls), 1.0)
 
     monkeypatch.setattr(measure, "time_steps", once)
     monkeypatch.setattr(measure, "current", lambda: Ranks(0, 2))
     engine.ranks = ranks = Counting()
     with torch.inference_mode():
-        assert list(measure.time_kinds(engine, 100)) == [*measure.KINDS, "communication"]
+        found = measure.time_kinds(engine, 100)
+    assert found == dict.fromkeys(measure.KINDS, 1.0) | {"communication": 5.0}, "beyond the elementwise kernels"
     assert kind == [[], [], [], [], ["sum"] * 4 + ["gather"]], "greedy tokens are the same everywhere"
     assert engine.ranks is ranks
 
 
 # Processes
+
+
+class Driver:
+    """In the compiled library's place: the handle of a rank's memory is its rank + 1, its address a thousand times that."""
+
+    def __init__(self, rank, refuses):
+        self.number, self.refuses = rank + 1, refuses
+
+    def lutq_inbox_make(self, size, memory, handle):
+        ctypes.memset(handle.value, self.number, inboxes.HANDLE)
+        memory._obj.value = 1000 * self.number
+        return 1 if size.value % (2 << 20) else 0
+
+    def lutq_inbox_open(self, handle, memory):
+        found = set(ctypes.string_at(handle.value, inboxes.HANDLE))
+        assert len(found) == 1, found
+        memory._obj.value = 1000 * found.pop()
+        return 1 if self.refuses else 0
+
+
+def connected(ranks, refusing):
+    """Addresses of all inboxes, or None, as a rank of whom some may not open others; what it says."""
+    inboxes.kernels = lambda device: Driver(ranks.rank, ranks.rank in refusing)
+    torch.cuda.device = lambda device: contextlib.nullcontext()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        found = inboxes.connect(ranks, CPU, 1 << 18)
+        assert inboxes.connect(ranks, CPU, 1 << 18) is found, "one for all engines"
+    return found and (found.addresses, found.rank), said.getvalue()
+
+
+@pytest.mark.parametrize("refusing", [(), (2,)], ids=str)
+def test_ranks_have_inboxes_all_or_none(tmp_path, refusing):
+    (first, said), *others = on_processes(3, "cpu", tmp_path, connected, refusing)
+    if refusing:
+        assert [first, *(found for found, _ in others)] == [None] * 3, "one that cannot write is enough"
+        assert said == "lutq: the 3 GPUs cannot all write to each other's memory: NCCL sums over them, which takes longer\n"
+    else:
+        assert [first, *(found for found, _ in others)] == [([1000, 2000, 3000], rank) for rank in range(3)]
+        assert said == ""
+    assert [words for _, words in others] == ["", ""], "rank 0 says it"
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_cases_of_decode_are_what_the_kernels_take(sanitize, monkeypatch, cluste
     monkeypatch.setattr(steps, "properties", lambda device: gpu)
     monkeypatch.setattr(steps, "kernels", lambda device: Entries())
     found = sanitize.parts()
-    assert sum(found[name](torch.device("cpu")) for name in ("small_kernels", "attention")) == len(seen)
+    assert sum(found[name](torch.device("cpu")) for name in ("small_kernels", "sums_over_ranks", "attention")) == len(seen)
     for entry, a in seen:
         about = {name: getattr(a, name) for name, _ in a._fields_}
         results = [y for y in about.values() if isinstance(y, steps.ResultArguments)]
@@ -82,7 +82,10 @@ def test_cases_of_decode_are_what_the_kernels_take(sanitize, monkeypatch, cluste
         if entry in ("lutq_embedding", "lutq_norm"):
             assert a.K % 8 == 0, about
             assert a.K <= steps.MOST_HIDDEN, about
-        if entry == "lutq_norm" and a.y.slabs:
+        if entry == "lutq_norm" and a.inboxes.world:
+            assert a.inboxes.most >= a.M * a.K, about
+            assert a.cluster == 1 or a.cluster * 2048 >= a.K, about
+        elif entry == "lutq_norm" and a.y.slabs:
             assert a.cluster in (1, 2, 4, 8), about
             assert a.cluster * 2048 >= a.K, about
         elif entry == "lutq_norm":
@@ -118,7 +121,8 @@ for part in "$@"; do :; done
 echo "$part: 24 cases"
 """
 
-PARTS = ["small_kernels", "attention", *(f"{name}-{bits}" for bits in (1, 2, 3, 4) for name in ("products", "one_row"))]
+PRODUCTS = [f"{name}-{bits}" for bits in (1, 2, 3, 4) for name in ("products", "one_row")]
+PARTS = ["small_kernels", "sums_over_ranks", "attention", *PRODUCTS]
 REPORT = "".join(f"========= of {{tool}}\n{part}: 24 cases\n" for part in PARTS)
 
 

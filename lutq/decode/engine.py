@@ -9,12 +9,12 @@
 The sum h += y is part of the norm that follows. h is fp32, where transformers rounds it to the model's dtype after every sum:
 the logits of both agree within that rounding. Sequences have positions of their own, so a batch may be ragged.
 
-A product of one row may be left unfinished, as sums that its reader adds up (`Sums` of products.py), except where it is summed
-over ranks, and the head's.
+A product of one row may be left unfinished, as sums that its reader adds up (`Sums` of products.py), except the head's.
 
 `functions` are those of lutq/decode/reference.py or of steps.py. All memory is taken once. A rank of several (lutq/parallel)
-holds its heads, inner features and rows of the head (`Shape.world`): y is summed over the ranks, and logits are gathered, so that
-all have the same and choose the same token. Where it is drawn, that of rank 0 counts.
+holds its heads, inner features and rows of the head (`Shape.world`): y is summed over the ranks, inside the norm that follows
+where there are inboxes (lutq/parallel/inboxes.py), and logits are gathered, so that all have the same and choose the same token.
+Where it is drawn, that of rank 0 counts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +71,7 @@ class Engine:
             raise RefusedError("fast", problem)
         self.weights, self.shape, self.functions = weights, shape, functions
         self.ranks, self.sampler, self.batch = ranks, sampler, batch
+        self.inboxes = functions.inboxes(ranks)
         self.capacity = min(-(-capacity // ROUNDING) * ROUNDING, shape.longest)
         self.rotation = rotation(weights, self.capacity)
         self.scale = shape.head_size**-0.5
@@ -111,7 +112,7 @@ class Engine:
     def groups(self, layer: Layer) -> list[tuple[Sequence[Product], int]]:
         """Products of a layer whose results are read together, of inward, out, up and down, and how many slabs they leave.
 
-        None for a norm that would have too much to add, or where y is summed over ranks.
+        None for a norm that would have too much to add, or where y is summed over ranks ahead of it.
         """
         found = []
         for products, for_norm in (
@@ -121,7 +122,7 @@ class Engine:
             ([layer.down], True),
         ):
             slabs = common_slabs(products, self.batch, self.weights.dtype)
-            if for_norm and (self.shape.world > 1 or slabs * self.shape.hidden > NORM_SUMS):
+            if for_norm and ((self.shape.world > 1 and self.inboxes is None) or slabs * self.shape.hidden > NORM_SUMS):
                 slabs = 0
             found.append((products, slabs))
         return found
@@ -138,31 +139,37 @@ class Engine:
     def forward(self) -> Iterator[tuple[int, Result]]:
         """One token of every sequence: reads `token` and `position`, fills the cache there, and `logits` [batch, vocabulary].
 
-        Gives (index, y) after every block, y being what is still to be added to h.
+        Gives (index, y) after every block, y being what is still to be added to h; with inboxes this rank's part of it.
         """
-        do, shape, weights, y = self.functions, self.shape, self.weights, None
-        do.embed(self.token, self.position, weights.table, weights.learned, self.h)
+        do, shape, weights, y, inboxes = self.functions, self.shape, self.weights, None, None
+        do.embed(self.token, self.position, weights.table, weights.learned, self.h, self.inboxes and self.inboxes.step)
         for i, layer in enumerate(weights.layers):
             at = self.places[i]
-            do.norm(self.h, y, layer.attention_norm, self.x)
+            do.norm(self.h, y, layer.attention_norm, self.x, inboxes)
             for product, result in zip(layer.inward.products, at.inward, strict=True):
                 do.multiply(product, self.x, result)
             q, k, v = (part.unflatten(1, (-1, shape.head_size)) for part in at.queries)
             cache = (self.cache[i, 0], self.cache[i, 1])
             do.attention(q, k, v, cache, self.position, self.rotation, self.scale, self.mixed, self.work)
             do.multiply(layer.out, self.mixed, at.out)
-            self.ranks.sum(at.out)
-            do.norm(self.h, at.out, layer.norm, self.x)
+            do.norm(self.h, at.out, layer.norm, self.x, self.add_ranks(at.out, 2 * i))
             for product, result in zip(layer.up.products, at.up, strict=True):
                 do.multiply(product, self.x, result)
             do.activation(shape.activation, at.gates[0], at.gates[1] if shape.gated else None, self.inner)
             y = at.down
             do.multiply(layer.down, self.inner, y)
-            self.ranks.sum(y)
+            inboxes = self.add_ranks(y, 2 * i + 1)
             yield i, y
-        do.norm(self.h, y, weights.norm, self.x)
+        do.norm(self.h, y, weights.norm, self.x, inboxes)
         do.multiply(weights.head, self.x, self.own_logits)
         self.ranks.gather(self.own_logits, self.logits)
+
+    def add_ranks(self, y: Result, turn: int) -> Any:
+        """Sum y over the ranks; with inboxes what the next norm takes to do so. Turns are the sums of a step, from 0."""
+        if self.inboxes is not None:
+            return self.inboxes.at(turn)
+        self.ranks.sum(y)
+        return None
 
     def step(self) -> None:
         """One token of every sequence, and the next one chosen."""

@@ -79,14 +79,16 @@ def time_kinds(engine: Engine, count: int) -> dict[str, float]:
     """Milliseconds of each kind of work in a step: of graphs that do it alone, in the same order.
 
     Kernels of different kinds overlap a little, so the sum is not the time of a step. Several ranks (lutq/parallel) have one kind
-    more, `communication`: sums over the ranks and the gathered logits, without waiting for a rank that has more to do.
+    more, `communication`: sums over the ranks and the gathered logits, without waiting for a rank that has more to do. Sums may
+    be part of elementwise kernels, so it is what these take longer with all that is exchanged.
     """
-    functions, ranks, found = engine.functions, engine.ranks, {}
+    functions, ranks, inboxes, found = engine.functions, engine.ranks, engine.inboxes, {}
     for kind in (*KINDS, *(["communication"] if current().world > 1 else [])):
-        engine.functions = Only(functions, kind, engine.weights.head)
-        engine.ranks = ranks if kind == "communication" else Silent()
+        everything = kind == "communication"
+        engine.functions = Only(functions, "elementwise" if everything else kind, engine.weights.head)
+        engine.ranks, engine.inboxes = (ranks, inboxes) if everything else (Silent(), None)
         graph = Captured(engine.step, engine.weights.device)
         graph.capture(engine.functions.in_graph)
-        found[kind] = time_steps(graph, count).ms
-    engine.functions, engine.ranks = functions, ranks
+        found[kind] = time_steps(graph, count).ms - (found["elementwise"] if everything else 0.0)
+    engine.functions, engine.ranks, engine.inboxes = functions, ranks, inboxes
     return found

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lutq.decode.products import Product, Result, Sums
 from lutq.decode.shape import Shape
 from lutq.decode.weights import Norm
+from lutq.parallel.ranks import Ranks
 
 FUNCTIONS = {
     "relu": F.relu,
@@ -30,6 +31,11 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 def reason(shape: Shape, dtype: torch.dtype, batch: int) -> str | None:
     """Why these functions do not do for a model: they always do."""
+    return None
+
+
+def inboxes(ranks: Ranks) -> Any:
+    """What sums over ranks inside `norm` want: none here, so neither `embed` nor `norm` is given any."""
     return None
 
 
@@ -57,13 +63,18 @@ def multiply(product: Product, x: torch.Tensor, y: Result) -> None:
 
 
 def embed(
-    token: torch.Tensor, position: torch.Tensor, table: torch.Tensor, learned: torch.Tensor | None, h: torch.Tensor
+    token: torch.Tensor,
+    position: torch.Tensor,
+    table: torch.Tensor,
+    learned: torch.Tensor | None,
+    h: torch.Tensor,
+    step: None = None,
 ) -> None:
     """Fill h [M, K] = table[token] + learned[position]. token, position [M] int64; table [V, K]; learned [positions, K]."""
     h.copy_(table[token] if learned is None else wide(table[token]) + learned[position])
 
 
-def norm(h: torch.Tensor, y: Result | None, by: Norm, x: torch.Tensor) -> None:
+def norm(h: torch.Tensor, y: Result | None, by: Norm, x: torch.Tensor, inboxes: None = None) -> None:
     """Add y to h, and fill x with the norm of h. h [M, K] fp32, y and x [M, K]."""
     if y is not None:
         h += finished(y)

@@ -1,7 +1,7 @@
 """The functions of lutq/decode/reference.py by the kernels of kernels/decode.cu: fp16 and bf16, on a GPU, capturable.
 
 Kernels are launched on the current stream of the current device, each of them before the one ahead has ended (programmatic
-dependent launch). Nothing is allocated except the workspace.
+dependent launch). Nothing is allocated except the workspace and inboxes.
 """
 
 import contextlib
@@ -11,17 +11,20 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from lutq.cuda import DTYPES, Gpu, kernels, properties, start
 from lutq.decode import reference
 from lutq.decode.products import Product, Result, Sums
 from lutq.decode.shape import Shape
 from lutq.decode.weights import Norm
+from lutq.parallel.inboxes import Inboxes, InboxesArguments, connect
+from lutq.parallel.ranks import Ranks
 
 FUNCTIONS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 MOST_HIDDEN, MOST_HEAD, MOST_ROWS, MOST_CLUSTER, MOST_BATCH = 16384, 128, 4, 8, 16
 BLOCKS = 3  # of attention that fit onto a processor
-SHARE = 256  # numbers of a block of a norm, at least, where it reads sums
+SHARE = 256  # numbers of a block of a norm, at least, where a cluster shares it
 LONG = 512  # tokens of a block, from which on clusters share a context: to sum over them takes as long as some hundred tokens
 
 
@@ -42,13 +45,13 @@ def structure(*names: str) -> tuple[tuple[str, Any], ...]:
 class EmbeddingArguments(ctypes.Structure):
     """`Embedding` of kernels/decode.cu."""
 
-    _fields_ = structure("", "token position table learned h", "", "M K dtype")
+    _fields_ = structure("", "token position table learned h step", "", "M K dtype")
 
 
 class NormArguments(ctypes.Structure):
     """`Norm` of kernels/decode.cu."""
 
-    _fields_ = structure("y", "h weight bias x", "", "M K centered cluster dtype", "eps")
+    _fields_ = (*structure("y", "h weight bias x", "", "M K centered cluster dtype", "eps"), ("inboxes", InboxesArguments))
 
 
 class ActivationArguments(ctypes.Structure):
@@ -101,8 +104,16 @@ def plan(batch: int, heads: int, kv_heads: int, capacity: int, gpu: Gpu) -> Plan
 
 
 def shared_by(K: int, gpu: Gpu) -> int:
-    """Blocks that share a norm of K numbers which reads sums: a power of two."""
+    """Blocks that share a row of K numbers of a norm which reads sums or those of several GPUs: a power of two."""
     return min(MOST_CLUSTER, 1 << max(K // SHARE, 1).bit_length() - 1) if gpu.clusters else 1
+
+
+def cluster_of(y: Result | None, M: int, K: int, several: bool, gpu: Gpu) -> int:
+    """Blocks that share a row of a norm. Those that wait for other GPUs must all run at once, beside whatever else does: where
+    clusters take more than half of the processors, a block takes a row.
+    """
+    shared = shared_by(K, gpu)
+    return shared if isinstance(y, Sums) or (several and 2 * M * shared <= gpu.processors) else 1
 
 
 class Workspace(NamedTuple):
@@ -167,21 +178,29 @@ class Kernels:
         """See reference.py."""
         reference.multiply(product, x, y)
 
+    def inboxes(self, ranks: Ranks) -> Inboxes | None:
+        """Of these ranks: `norm` then sums y over them. None for ranks that are alone or cannot, which rank 0 says."""
+        return connect(ranks, self.device, MOST_BATCH * MOST_HIDDEN) if ranks.world > 1 and dist.is_initialized() else None
+
     def embed(
-        self, token: torch.Tensor, position: torch.Tensor, table: torch.Tensor, learned: torch.Tensor | None, h: torch.Tensor
+        self,
+        token: torch.Tensor,
+        position: torch.Tensor,
+        table: torch.Tensor,
+        learned: torch.Tensor | None,
+        h: torch.Tensor,
+        step: torch.Tensor | None = None,
     ) -> None:
-        """See reference.py."""
-        tensors = (address(tensor) for tensor in (token, position, table, learned, h))
+        """See reference.py. step: counter of `Inboxes`, which goes on by one."""
+        tensors = (address(tensor) for tensor in (token, position, table, learned, h, step))
         start(self.found.lutq_embedding, EmbeddingArguments(*tensors, *h.shape, DTYPES[table.dtype]))
 
-    def norm(self, h: torch.Tensor, y: Result | None, by: Norm, x: torch.Tensor) -> None:
-        """See reference.py."""
+    def norm(self, h: torch.Tensor, y: Result | None, by: Norm, x: torch.Tensor, inboxes: InboxesArguments | None = None) -> None:
+        """See reference.py. inboxes: `Inboxes.at` of this sum, by which y becomes that over the ranks."""
         tensors = (address(tensor) for tensor in (h, by.weight, by.bias, x))
-        cluster = shared_by(x.shape[1], self.gpu) if isinstance(y, Sums) else 1
-        start(
-            self.found.lutq_norm,
-            NormArguments(result(y), *tensors, *x.shape, by.centered, cluster, DTYPES[x.dtype], by.eps),
-        )
+        cluster = cluster_of(y, *x.shape, inboxes is not None, self.gpu)
+        settings = (*x.shape, by.centered, cluster, DTYPES[x.dtype], by.eps)
+        start(self.found.lutq_norm, NormArguments(result(y), *tensors, *settings, inboxes or InboxesArguments()))
 
     def attention(
         self,

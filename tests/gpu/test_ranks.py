@@ -4,6 +4,7 @@ Where there are fewer GPUs than ranks, tests of several processes are skipped; p
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import torch
 from ranks import MODELS, Checkpoints, Threads, on_processes, stepped
 
 from lutq.config import QuantConfig
+from lutq.decode import steps
 from lutq.decode.choose import make
 from lutq.decode.engine import Engine
 from lutq.decode.loop import continue_text
@@ -98,12 +100,20 @@ def test_kernels_on_parts(checkpoint, name, how, world, dtype):
         assert error < ROUNDING[dtype], f"windows: {name=} {how=} {world=} {dtype=} {rank=} {error=:.1e}"
 
 
-def captured(ranks, folder, given, dtype):
+def reach_each_other(world):
+    pairs = itertools.permutations(range(world), 2)
+    return all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+
+
+def captured(ranks, folder, given, dtype, through):
     """Logits of the prompt and of captured steps that read given tokens, and tokens drawn with a seed of the rank's own."""
     model, drawn = load(folder, dtype=dtype), []
     ids, given = cut(given, model.device)
+    if through == "NCCL":
+        steps.connect = lambda *arguments: None
     engine = make("fast", model, 64, Sampling(temperature=0.0))
     assert engine.graph.graph is not None, "not captured"
+    assert (engine.inboxes is not None) == (through == "inboxes"), f"{through=}"
     assert engine.own_logits.shape[1] < engine.logits.shape[1], "the head is not split"
     logits = stepped(engine, ids, given).cpu()
     torch.manual_seed(ranks.rank)
@@ -111,19 +121,22 @@ def captured(ranks, folder, given, dtype):
     return logits, drawn
 
 
+@pytest.mark.parametrize("through", ["inboxes", "NCCL"])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("world", [several(2), several(4)])
 @pytest.mark.parametrize("name", MODELS)
-def test_captured_steps(checkpoint, tmp_path, name, world, dtype):
+def test_captured_steps(checkpoint, tmp_path, name, world, dtype, through):
+    if through == "inboxes" and not reach_each_other(world):
+        pytest.skip("these GPUs do not reach each other's memory")
     folder, given = checkpoint(name, "bcq"), given_tokens()
     expected = one_process(folder, dtype, given).cpu()
-    (logits, drawn), *others = on_processes(world, "cuda", tmp_path, captured, folder, given, dtype)
+    (logits, drawn), *others = on_processes(world, "cuda", tmp_path, captured, folder, given, dtype, through)
     error = worst(logits, expected)
-    assert error < ROUNDING[dtype], f"{name=} {world=} {dtype=} {error=:.1e}"
+    assert error < ROUNDING[dtype], f"{name=} {world=} {dtype=} {through=} {error=:.1e}"
     assert len(set(drawn)) > 1, drawn
     for rank, (same, tokens) in enumerate(others, 1):
-        assert torch.equal(same, logits), f"{name=} {world=} {dtype=} {rank=}"
-        assert tokens == drawn, f"{name=} {world=} {dtype=} {rank=}"
+        assert torch.equal(same, logits), f"{name=} {world=} {dtype=} {through=} {rank=}"
+        assert tokens == drawn, f"{name=} {world=} {dtype=} {through=} {rank=}"
 
 
 def lutq_on(world, *arguments, cwd):
@@ -169,17 +182,29 @@ def children(pid):
     return sorted(found)
 
 
+# what runs for long enough, what it prints by then, and seconds until its processes wait for each other inside GPUs
+LONG = {
+    "prompts": (("eval-ppl",), "token/s", 0),
+    "steps": (("bench", "decode", "--synthetic", "--shape", "opt-1.3b", "--replays", "100000"), "elementwise", 20),
+}
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=str)
 @pytest.mark.parametrize("world", [several(2)])
-def test_processes_end_together(embedded3, tmp_path, world, number):
-    command = [*TORCHRUN, "--nproc-per-node", str(world), "-m", "lutq", "eval-ppl", "--model", str(embedded3)]
-    with (tmp_path / "err").open("w") as err:
-        job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=err)
+@pytest.mark.parametrize("work", LONG)
+def test_processes_end_together(embedded3, tmp_path, work, world, number):
+    arguments, printed, more = LONG[work]
+    command = [*TORCHRUN, "--nproc-per-node", str(world), "-m", "lutq", *arguments]
+    command += ["--model", str(embedded3)] if work == "prompts" else []
+    with (tmp_path / "err").open("w") as err, (tmp_path / "out").open("w") as out:
+        job = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=err, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     until = time.monotonic() + 120
-    while "token/s" not in (tmp_path / "err").read_text():
+    while printed not in (tmp_path / "err").read_text() + (tmp_path / "out").read_text():
         assert time.monotonic() < until, (tmp_path / "err").read_text()
         assert job.poll() is None, (tmp_path / "err").read_text()
         time.sleep(0.1)
+    time.sleep(more)
+    assert job.poll() is None, (tmp_path / "err").read_text()
     ranks = children(job.pid)
     assert len(ranks) == world, ranks
     begin = time.monotonic()

@@ -1,0 +1,18 @@
+// Memory of one process's GPU that other processes of the host write to (inbox.cuh). What is made and opened here stays until the
+// process ends, for it may not be freed while another has it open. Entry points return a cudaError_t.
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+// Zeros on the current device, and a handle by which other processes open them. bytes: a multiple of 2 MiB, so that nothing else
+// of this process lies beside them.
+extern "C" int lutq_inbox_make(int64_t bytes, void** memory, cudaIpcMemHandle_t* handle) {
+  cudaError_t e = bytes % (2 << 20) ? cudaErrorInvalidValue : cudaMalloc(memory, bytes);
+  if (e == cudaSuccess) e = cudaMemset(*memory, 0, bytes);
+  if (e == cudaSuccess) e = cudaDeviceSynchronize();  // others may write from now on
+  return e == cudaSuccess ? cudaIpcGetMemHandle(handle, *memory) : e;
+}
+
+// What another process made on another device of this host, if that can be reached from the current one.
+extern "C" int lutq_inbox_open(const cudaIpcMemHandle_t* handle, void** memory) {
+  return cudaIpcOpenMemHandle(memory, *handle, cudaIpcMemLazyEnablePeerAccess);
+}
