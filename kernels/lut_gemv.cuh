@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(GEMV_THREADS, 1)
     asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
   }
   Walk<BITS, Slots, PIECES> walk(a, shape, per_group, share, lane);
-  walk.template push<0>(slots), walk.template push<1>(slots);  // weights do not depend on the previous kernel
+  walk.template push<0>(slots);  // weights do not depend on the previous kernel; more of them would hold up x
   // the inputs of table warp % 4 of this lane, by pairs
   auto fetch = [&](int slab, uint2* x) {
     const int table = warp & 3, k = slab * SLAB * UNIT + c * 128 + q / 2 * 16 + q % 2 * 4 + table / 2 * 64 + table % 2 * 2;
@@ -315,6 +315,7 @@ __global__ void __launch_bounds__(GEMV_THREADS, 1)
   wait_previous();
   uint2 raw[4];
   fetch(share.slab, raw);
+  walk.template push<1>(slots);
 
   for (int slab = share.slab; slab < share.slab_end; slab++) {
     if (slab > share.slab) __syncthreads();  // everybody is done with the tables of the slab before
