@@ -123,7 +123,7 @@ def test_bad_groups(groups, words):
 
 
 def test_groups_are_for_a_budget():
-    with pytest.raises(LutqError, match="^groups '32,64' are for target_bpw and target_ms to choose from"):
+    with pytest.raises(LutqError, match=r"^groups '32,64' are for target_bpw and target_ms to choose from"):
         QuantConfig(groups="32,64")
     for target in ("target_bpw", "target_ms"):
         assert QuantConfig(groups="32, 64,0,32", **{target: 3.0}).group_choices == (32, 64, 0), f"{target=}"

@@ -34,7 +34,7 @@ def test_budget_holds_with_the_times_of_the_kernels(tmp_path):
     assert {layer.layer.bits for layer in report.layers} == {4}, "there is time for all bits"
 
     def fastest(shape):
-        return min(ns for product, ns in times.ns.items() if (product.N, product.K) == shape)
+        return min(ns for product, ns in times.ns.items() if shape == (product.N, product.K))
 
     least = 4 * sum(fastest(shape) for shape in shapes) / 1e6
     target = (least + record["predicted_ms"]) / 2 + 0.1 * least  # times of another run are a little different
