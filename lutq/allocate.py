@@ -101,7 +101,8 @@ def pairs_of(name: str, layer: LayerConfig, config: QuantConfig) -> tuple[tuple[
 def budgets_of(units: list[Unit], config: QuantConfig) -> list[int]:
     """Stored bits and nanoseconds of all units together, as far as the settings limit them."""
     size = int(config.target_bpw * sum(unit.weights for unit in units))
-    return [size] * (config.target_bpw > 0) + [int(1e6 * config.target_ms)] * (config.target_ms > 0)
+    ns = int(1e6 * config.target_ms + 1e-3)  # 0.0523 ms are 52300 ns, not 52299.999...
+    return [size] * (config.target_bpw > 0) + [ns] * (config.target_ms > 0)
 
 
 def tables(units: list[Unit], config: QuantConfig) -> list[list[list[int]]]:

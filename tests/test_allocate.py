@@ -96,8 +96,7 @@ def test_size_holds_in_the_checkpoint(tiny, tmp_path, family, settings):
     assert {name: again.layer(name, name == "lm_head") for name in stored} == stored, about
 
 
-@pytest.mark.parametrize("size", [0, 3.5])
-@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize(("family", "size"), [("opt", 0), ("llama", 3.5)])
 def test_time_holds_in_the_checkpoint(tiny, tmp_path, clock, family, size):
     settings = {"groups": "32,64", "target_bpw": size, "head_bits": 1}
     with pytest.raises(LutqError, match=r"^target_ms 1e-05 is out of reach: the fastest choices") as caught:
@@ -203,7 +202,7 @@ def test_interrupted_anywhere_goes_on_with_the_same_choices(tiny, tmp_path, monk
     for number in range(60):
         added = 0
 
-        def dying(self, record, limit=1 + number % 3):
+        def dying(self, record, limit=2 + number % 3):
             nonlocal added
             if added == limit:
                 raise Crash
@@ -217,9 +216,9 @@ def test_interrupted_anywhere_goes_on_with_the_same_choices(tiny, tmp_path, monk
                 break
             except Crash:
                 crashes += 1
-                if crashes > 3:  # the times are on record by now
+                if crashes > 1:  # the times are on record by now
                     monkeypatch.setattr(latency, "time_plain", lambda *_: 1e9)
-    assert crashes > 8, f"{crashes=}"
+    assert crashes > 5, f"{crashes=}"
     assert len(measured) <= 8 + crashes, "at most what was not on record yet was measured again"
     names = {path.name for path in whole.iterdir()}
     assert names == {path.name for path in out.iterdir()}
