@@ -104,7 +104,7 @@ def test_time_holds_in_the_checkpoint(tiny, tmp_path, clock, family, size):
     assert ("within target_bpw 3.5" in str(caught.value)) == (size > 0), str(caught.value)
     assert not list(tmp_path.iterdir()), "nothing was worth keeping"
     least = float(re.search(r"need ([\d.]+) on CPU", str(caught.value))[1])
-    for factor in (1.0, 1.3):
+    for factor in (1.0, 1.2):
         report = run(tiny(family), tmp_path / f"out-{factor}", target_ms=least * factor, **settings)
         about, saved = f"{family=} {size=} {factor=}", settings_of(report)
         record = saved["latency"]
@@ -238,10 +238,7 @@ def test_an_unfinished_run_of_another_budget_is_not_continued(tiny, tmp_path, mo
     [
         (["--target-ms", "1e-7"], "target_ms 1e-07 is out of reach: the fastest choices need"),
         (["--target-bpw", "1.1", "--groups", "32,64"], "target_bpw 1.1 is out of reach: the smallest choices need"),
-        (["--target-ms", "-1"], "target_ms must be a number of milliseconds"),
         (["--groups", "32,64"], "groups '32,64' are for target_bpw and target_ms"),
-        (["--groups", "32,sixty", "--target-bpw", "3"], "groups must be numbers with commas"),
-        (["--groups", "32,50", "--target-bpw", "3"], "every one of groups must be a multiple of 32"),
     ],
     ids=str,
 )
