@@ -1,147 +1,135 @@
-"""Mixed precision: bits per layer under a size budget, chosen by what they do to the model's predictions.
+"""Mixed precision: bits and group per layer under budgets of size and of time, chosen by what they do to the predictions.
 
-A unit is one Linear layer, or the layers that read the same input and run fused (q/k/v, gate/up), which get equal bits. Its
-sensitivity at b bits is the divergence of the next-token distribution from the original model's when this unit alone has b
-bits. Sensitivities are taken to add up; which bits to give to which unit is then a knapsack, solved exactly as an integer
-programme.
+Losses of the units (lutq/sensitivity.py) are taken to add up, as stored bits and the times of products (lutq/latency.py) do;
+which choice to give to which unit is then a knapsack, solved exactly (lutq/knapsack.py). What an override says of a layer is not
+up for choice. The journal keeps all that is measured, so an interrupted run makes the same choices.
 """
 
 import dataclasses
+import math
 import re
-from typing import NamedTuple
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from lutq.blocks import Blocks, input_stages, visit_inputs
+from lutq import latency, sensitivity
+from lutq.blocks import Blocks, input_stages
 from lutq.calib import Calibration
 from lutq.calibrate import load_host
 from lutq.config import LayerConfig, QuantConfig
 from lutq.errors import LutqError
-from lutq.fit import solve_layer
-from lutq.hessian import accumulate, damp
-from lutq.pack import dequantize, packed_shapes
-from lutq.refine import divergence
-from lutq.runtime import progress_interval
-from lutq.source import Source
+from lutq.journal import Journal
+from lutq.knapsack import choose, total
+from lutq.latency import Product, Times
+from lutq.ops import working_backend
+from lutq.unit import Unit, make_unit
 
 TOKENS = 8192  # of the calibration text: a ranking needs fewer than a fit
-BATCH = 2048  # tokens that go through the model at a time
-CHOICES = (1, 2, 3, 4)  # bits
+BITS = (1, 2, 3, 4)
 
 
-class Unit(NamedTuple):
-    """Layers with equal bits. sizes: stored bits, losses: nats per token, for each of `CHOICES`; weights: their number."""
-
-    names: tuple[str, ...]
-    weights: int
-    sizes: tuple[int, ...]
-    losses: tuple[float, ...]
-
-
-def choose(losses: list[tuple[float, ...]], sizes: list[tuple[int, ...]], budget: int) -> list[int]:
-    """The choice for each unit that makes the sum of losses least while that of sizes is at most `budget`.
-
-    losses, sizes: a row per unit, an entry per choice. Raises LutqError where not even the smallest sizes fit.
-    """
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    least = sum(map(min, sizes))
-    if least > budget:
-        raise LutqError(f"the smallest layers take {least} bits and the budget is {budget}: raise the target")
-    units, choices = np.shape(losses)
-    once = np.kron(np.eye(units), np.ones(choices))  # every unit gets one choice
-    size = np.ravel(sizes) / budget
-    constraints = [LinearConstraint(once, 1, 1), LinearConstraint(size[None], 0, 1)]
-    result = milp(
-        np.ravel(losses),
-        integrality=np.ones(units * choices),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0},
-    )
-    if not result.success:
-        raise LutqError(f"no allocation of bits was found ({result.message}): give another target")
-    return result.x.reshape(units, choices).argmax(1).tolist()
+class BudgetError(LutqError):
+    """A budget that no choice meets, found before anything is measured that is worth keeping."""
 
 
 @torch.no_grad()
-def measure(
-    source: Source, layers: dict[str, LayerConfig], config: QuantConfig, calibration: Calibration, device: torch.device
-) -> list[Unit]:
-    """Sizes and sensitivities of all units, in model order; layers names every Linear layer that takes part."""
-    walk = Blocks(load_host(source.path, device), device)
-    length = calibration.windows.shape[1]
-    hidden, units = walk.embed(calibration.windows[: max(1, TOKENS // length)]), []
-    walk.model.to(device, torch.float32)
-    final = hidden
-    for i, block in enumerate(walk.blocks):
-        final = walk.through(block, i, final)
-    with tqdm(total=len(layers), unit="layer", mininterval=progress_interval()) as bar:
-        for i, block in enumerate(walk.blocks):
-            for names in input_stages(walk, i, hidden):
-                full = [f"{walk.name(i)}.{name}" for name in names]
-                taken = [(name, layers[long]) for name, long in zip(names, full, strict=True) if long in layers]
-                if taken:
-                    units.append(measure_unit(walk, i, hidden, taken, config, final))
-                    bar.update(len(taken))
-            hidden = walk.through(block, i, hidden)
-    return units
-
-
-def measure_unit(
-    walk: Blocks,
-    i: int,
-    hidden: torch.Tensor,
-    taken: list[tuple[str, LayerConfig]],
+def allocate(
+    path: Path,
+    inside: dict[str, LayerConfig],
+    outside: dict[str, Product],
     config: QuantConfig,
-    final: torch.Tensor,
-) -> Unit:
-    """Try every bits on the layers `taken` of block i.
+    calibration: Calibration,
+    device: torch.device,
+    journal: Journal,
+) -> tuple[QuantConfig, dict[str, Any] | None]:
+    """Choose bits and group of the Linear layers `inside` the blocks of the model in `path`; those `outside` count as they are.
 
-    hidden: what enters the block, final: what the original model's last block gives, [n, L, d].
+    Returns the settings with an override for every unit in place of the budgets, and where time was one of these, what a
+    checkpoint says about it. Raises LutqError, BudgetError for budgets out of reach.
     """
-    block, prefix = walk.blocks[i], walk.name(i)
-    linears = [block.get_submodule(name) for name, _ in taken]
-    K = linears[0].in_features
-    H = torch.zeros(K, K, device=walk.device)
-    visit_inputs(walk, i, hidden, taken[0][0], lambda x: accumulate(H, x))
-    H = damp(H / hidden.shape[:2].numel(), config.damping, f"{prefix}.{taken[0][0]}").H
-    originals, sizes, losses = [linear.weight.data for linear in linears], [], []
-    for bits in CHOICES:
-        size = 0
-        for linear, W, (_, layer) in zip(linears, originals, taken, strict=True):
-            tried = layer._replace(bits=bits)
-            packed, _, _ = solve_layer(W, H, tried, config)
-            linear.weight.data = dequantize(*packed, tried.group, tried.grid, K)
-            size += sum(
-                8 * torch.Size(shape).numel() * dtype.itemsize for shape, dtype in packed_shapes(*W.shape, tried).values()
-            )
-        loss = 0.0
-        batch = max(1, BATCH // hidden.shape[1])
-        for state, original in zip(hidden.split(batch), final.split(batch), strict=True):
-            for j in range(i, len(walk)):
-                state = walk.run(walk.blocks[j], j, state)
-            loss += divergence(walk.logits(state, {}), walk.logits(original, {})).item() * len(state) / len(hidden)
-        sizes.append(size)
-        losses.append(loss)
-    for linear, W in zip(linears, originals, strict=True):
-        linear.weight.data = W
-    names = tuple(f"{prefix}.{name}" for name, _ in taken)
-    return Unit(names, sum(W.numel() for W in originals), tuple(sizes), tuple(losses))
+    walk = Blocks(load_host(path, device), device)
+    hidden = walk.embed(calibration.windows[: max(1, TOKENS // calibration.windows.shape[1])])
+    walk.model.to(device, torch.float32)
+    units = list(units_of(walk, hidden, inside, config))
+    units += [make_unit([name], [(N, K)], layer, [layer[:2]]) for name, (N, K, layer) in outside.items()]
+    times = None
+    if config.target_ms:
+        times = latency.measure((p for unit in units for c in unit.choices for p in unit.products(c)), device, journal)
+        units = [unit.timed(times) for unit in units]
+    budgets = budgets_of(units, config)
+    fallback = meet(units, budgets, config, times)
+    units = sensitivity.measure(walk, hidden, units, fallback, config, journal)
+    chosen = choose([[choice.loss for choice in unit.choices] for unit in units], tables(units, config), budgets)
+    picked = [unit.choices[number] for unit, number in zip(units, chosen, strict=True)]
+    overrides = dict(config.overrides)
+    for unit, choice in zip(units, picked, strict=True):
+        if unit.names[0] in inside:
+            pattern = "^(" + "|".join(re.escape(name) for name in unit.names) + ")$"
+            table = {"bits": choice.bits} | ({"group": choice.group} if config.groups else {})
+            overrides[pattern] = overrides.pop(pattern, {}) | table
+            print(f"{', '.join(unit.names)}  chosen: {choice.words()}", file=sys.stderr)
+    record = times and latency.record(times, config.target_ms, sum(choice.ns for choice in picked))
+    return dataclasses.replace(config, groups="", target_bpw=0.0, target_ms=0.0, overrides=overrides), record
 
 
-def allocate(units: list[Unit], config: QuantConfig) -> QuantConfig:
-    """The settings with `target_bpw` replaced by an override for every unit. Raises LutqError for a target out of reach."""
-    budget = int(config.target_bpw * sum(unit.weights for unit in units))
-    try:
-        chosen = choose([unit.losses for unit in units], [unit.sizes for unit in units], budget)
-    except LutqError as error:
-        least = sum(min(unit.sizes) for unit in units) / sum(unit.weights for unit in units)
-        raise LutqError(f"target_bpw {config.target_bpw} is out of reach: groups of {config.group} need {least:.3f}") from error
-    overrides = {
-        "^(" + "|".join(re.escape(name) for name in unit.names) + ")$": {"bits": CHOICES[choice]}
-        for unit, choice in zip(units, chosen, strict=True)
-    }
-    return dataclasses.replace(config, target_bpw=0.0, overrides=config.overrides | overrides)
+def units_of(walk: Blocks, hidden: torch.Tensor, inside: dict[str, LayerConfig], config: QuantConfig) -> Iterator[Unit]:
+    """The layers `inside` the blocks as units, in order of use: those with the same input that may be stored in the same ways."""
+    joins = config.target_ms > 0 and working_backend("auto", walk.device) == "cuda"
+    for i in range(len(walk)):
+        for stage in input_stages(walk, i, hidden):
+            names = [f"{walk.name(i)}.{name}" for name in stage]
+            alike: dict[tuple[tuple[int, int], ...], list[str]] = {}
+            for name in names:
+                if name in inside:
+                    alike.setdefault(pairs_of(name, inside[name], config), []).append(name)
+            for pairs, members in alike.items():
+                shapes = [tuple(walk.model.get_submodule(name).weight.shape) for name in members]
+                yield make_unit(members, shapes, inside[members[0]], pairs, joins and members == names)
+
+
+def pairs_of(name: str, layer: LayerConfig, config: QuantConfig) -> tuple[tuple[int, int], ...]:
+    """(bits, group) that a layer may have: all that the settings allow, but for what an override decides."""
+    decided = {key for pattern, table in config.overrides.items() if re.search(pattern, name) for key in table}
+    bits = (layer.bits,) if "bits" in decided else BITS
+    groups = (layer.group,) if "group" in decided or not config.groups else config.group_choices
+    return tuple((b, g) for b in bits for g in groups)
+
+
+def budgets_of(units: list[Unit], config: QuantConfig) -> list[int]:
+    """Stored bits and nanoseconds of all units together, as far as the settings limit them."""
+    size = int(config.target_bpw * sum(unit.weights for unit in units))
+    ns = int(1e6 * config.target_ms + 1e-3)  # 0.0523 ms are 52300 ns, not 52299.999...
+    return [size] * (config.target_bpw > 0) + [ns] * (config.target_ms > 0)
+
+
+def tables(units: list[Unit], config: QuantConfig) -> list[list[list[int]]]:
+    """For each budget, what it takes of it: a row per unit, an entry per choice."""
+    rows = [[choice.costs(config) for choice in unit.choices] for unit in units]
+    return [[[costs[n] for costs in row] for row in rows] for n in range(len(rows[0][0]))]
+
+
+def meet(units: list[Unit], budgets: list[int], config: QuantConfig, times: Times | None) -> list[int]:
+    """A choice for each unit that meets all budgets. Raises BudgetError, with the least that is possible, where there is none."""
+    every, chosen = tables(units, config), []
+    for n, budget in enumerate(budgets):
+        chosen = choose(every[n], every[:n], budgets[:n])
+        least = total(every[n], chosen)
+        if least <= budget:
+            continue
+        if config.target_bpw and n == 0:
+            bits = round_up(least / sum(unit.weights for unit in units), 3)
+            raise BudgetError(f"target_bpw {config.target_bpw:g} is out of reach: the smallest choices need {bits:.3f}")
+        within = f" of those within target_bpw {config.target_bpw:g}" if n else ""
+        raise BudgetError(
+            f"target_ms {config.target_ms:g} is out of reach: the fastest choices{within} need {round_up(least / 1e6, 4):.4f} "
+            f"on {times.device} (backend {times.backend})"
+        )
+    return chosen
+
+
+def round_up(value: float, digits: int) -> float:
+    """The next number with so many decimals."""
+    return math.ceil(value * 10**digits) / 10**digits

@@ -27,7 +27,7 @@ def model_card(report: Report) -> str:
     calibration = "".join(
         f"\n* {title}: {words}" for title, words in (report.calibration.figures() if report.calibration else {}).items()
     )
-    precisions = "".join(f"\n* {title} {words}" for title, words in report.precisions().items())
+    precisions = "".join(f"\n* {title} {words}" for title, words in (report.precisions() | report.times()).items())
     return f"""---
 base_model: {report.source}
 library_name: transformers

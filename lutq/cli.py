@@ -125,6 +125,10 @@ def quantize(
     flips: Annotated[Optional[bool], setting("flips", "refine and distill learn the codes too.", "--flips/--no-flips")] = None,
     rate: Annotated[Optional[float], setting("rate", "Largest step of a scale in refine and distill, relative.")] = None,
     target_bpw: Annotated[Optional[float], setting("target_bpw", "Choose bits per layer so that the average is this.")] = None,
+    target_ms: Annotated[
+        Optional[float], setting("target_ms", "Choose bits per layer so that the products of a token take so many ms here.")
+    ] = None,
+    groups: Annotated[Optional[str], setting("groups", "Choose the group too, from such as 32,64,128.")] = None,
     head_bits: Annotated[Optional[int], setting("head_bits", "Bits of the output head; 16 keeps it as it is.")] = None,
     recipe: Annotated[Optional[str], typer.Option(help="Settings from configs/NAME.toml; flags override them.")] = None,
     out: Annotated[Path, typer.Option(help="Output directory.")] = Path("lutq-out"),

@@ -13,6 +13,7 @@ or `skip = false`.
 """
 
 import dataclasses
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -70,6 +71,9 @@ class QuantConfig:
     rate: the largest step of a scale while tuning, in parts of its layer's root mean square.
     target_bpw: stored bits per weight of all quantized layers together, scales and offsets included; bits per layer are then
         chosen by their effect on the model's predictions (see lutq/allocate.py). 0: every layer has `bits`.
+    target_ms: milliseconds that the products of all quantized layers may take together for one token, as measured on the device
+        that quantizes (see lutq/latency.py); bits per layer are chosen as for target_bpw, under both budgets if both are given.
+    groups: the groups that may be chosen with the bits, such as "32,64,128". Empty: `group`.
     head_bits: bits of the output head, 16 keeps it as it is.
     overrides: regular expression on the module name -> {bits, group, skip}.
 
@@ -99,6 +103,8 @@ class QuantConfig:
     flips: bool = False
     rate: float = 1e-2
     target_bpw: float = 0.0
+    target_ms: float = 0.0
+    groups: str = ""
     head_bits: int = KEEP_BITS
     overrides: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -132,6 +138,12 @@ class QuantConfig:
                 raise LutqError(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}")
         if not 0 <= self.target_bpw <= 16:
             raise LutqError(f"target_bpw must be a number of bits up to 16, or 0 for none; not {self.target_bpw}")
+        if not 0 <= self.target_ms < math.inf:
+            raise LutqError(f"target_ms must be a number of milliseconds, or 0 for none; not {self.target_ms}")
+        for group in self.group_choices:
+            check_group(group, "every one of groups")
+        if self.groups and not self.mixed:
+            raise LutqError(f"groups {self.groups!r} are for target_bpw and target_ms to choose from: give one of them, or group")
         if self.calib_length < 0 or self.calib_length == 1:
             raise LutqError(f"calib_length must be 2 or more, or 0 for the model's maximum; not {self.calib_length}")
         if self.method == "rtn" and (self.refine or self.distill):
@@ -155,8 +167,9 @@ class QuantConfig:
             stage = "refine" if self.refine else "distill"
             raise LutqError(f"{stage} tunes one precision and lowest_bits asks for several: leave one of the two out")
         others = [table["bits"] for table in self.overrides.values() if table.get("bits", self.bits) != self.bits]
-        if self.target_bpw or others or self.head_bits not in (self.bits, KEEP_BITS):
-            raise LutqError(f"lowest_bits needs {self.bits} bits in every layer: leave out target_bpw and bits that differ")
+        if self.mixed or others or self.head_bits not in (self.bits, KEEP_BITS):
+            target = "target_ms" if self.target_ms else "target_bpw"
+            raise LutqError(f"lowest_bits needs {self.bits} bits in every layer: leave out {target} and bits that differ")
 
     @property
     def grid(self) -> str:
@@ -167,6 +180,19 @@ class QuantConfig:
     def calibrated(self) -> bool:
         """Whether a calibration text takes part."""
         return self.method == "feedback" or self.scaling or self.refine > 0 or self.distill > 0
+
+    @property
+    def mixed(self) -> bool:
+        """Whether bits per layer are chosen under a budget."""
+        return self.target_bpw > 0 or self.target_ms > 0
+
+    @property
+    def group_choices(self) -> tuple[int, ...]:
+        """`groups` as numbers, each once. Raises LutqError for what is no list of numbers."""
+        try:
+            return tuple(dict.fromkeys(int(part) for part in self.groups.split(","))) if self.groups else ()
+        except ValueError as error:
+            raise LutqError(f"groups must be numbers with commas between them, such as 32,64,128; not {self.groups!r}") from error
 
     def layer(self, name: str, is_head: bool = False) -> LayerConfig | None:
         """Settings of the Linear layer called `name`, or None where it is kept as it is."""

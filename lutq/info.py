@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from lutq.hf import check_checkpoint, existing, load_dtype
+from lutq.latency import words
 from lutq.ops import choose_backend
 from lutq.pack import lower_shapes, packed_shapes
 from lutq.precisions import serving
@@ -63,6 +64,7 @@ def describe(model: str | Path, device: str | None = None, dtype: str = "auto", 
         f"quantized by lutq {quantization.lutq_version} (format {quantization.format_version}), method {method}, "
         f"{bits_per_weight(layers):.3f} bits per weight in {len(layers)} layers, {8 * stored / parameters:.3f} in all",
         *([f"serves {serving(shapes, quantization.lowest_bits)}"] if quantization.lowest_bits else []),
+        *([words(quantization.settings["latency"])] if "latency" in quantization.settings else []),
         "",
         table(("layer", "count", "bits", "group", "grid", "offsets", "bits/weight"), body),
         "",

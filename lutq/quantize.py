@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from lutq import __version__
-from lutq.allocate import allocate, measure
+from lutq.allocate import BudgetError, allocate
 from lutq.calib import Calibration
 from lutq.calibrate import Calibrated, calibrate, calibration_for
 from lutq.card import model_card
@@ -22,6 +22,7 @@ from lutq.config import LayerConfig, QuantConfig
 from lutq.errors import LutqError
 from lutq.fit import CHUNK, fit
 from lutq.journal import NAME, Journal, StaleRunError, fingerprint
+from lutq.latency import Product
 from lutq.output import check_out, publish, write_beside
 from lutq.pack import dequantize, highest, to_tensors
 from lutq.plan import Plan, Unit, outputs, plan
@@ -47,7 +48,10 @@ RESUME_OR_OVERWRITE = "run it with those settings to go on, or add --overwrite t
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything about one run; `partial` is the directory that becomes `out`, which the user called `shown`."""
+    """Everything about one run; `partial` is the directory that becomes `out`, which the user called `shown`.
+
+    latency: what a checkpoint says about the times that a budget was kept with, see lutq/latency.py.
+    """
 
     source: Source
     structure: Structure
@@ -59,6 +63,7 @@ class Job:
     partial: Path
     shown: Path
     calibration: Calibration | None = None
+    latency: dict[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for an unfinished run to be continued."""
@@ -99,13 +104,8 @@ def quantize_checkpoint(
     structure = read_structure(source.config)
     todo, place = plan(source, structure, config, kept_dtype), resolve_device(device)
     partial = out.with_name(out.name + ".partial")
-    calibration = calibration_for(source.path, source.config, config) if config.calibrated or config.target_bpw else None
-    if config.target_bpw:
-        config = allocate(measure(source, block_layers(todo, structure), config, calibration, place), config)
-        todo = plan(source, structure, config, kept_dtype)
-    job = Job(
-        source, structure, todo, config, place, shard_bytes, out, partial, shown, calibration if config.calibrated else None
-    )
+    calibration = calibration_for(source.path, source.config, config) if config.calibrated or config.mixed else None
+    job = Job(source, structure, todo, config, place, shard_bytes, out, partial, shown, calibration)
     try:
         return complete(job)
     except StaleRunError:
@@ -126,6 +126,7 @@ def complete(job: Job) -> Report:
     except OSError as error:
         raise LutqError(f"cannot write to {job.partial} ({error.strerror}): give another --out") from error
     try:
+        job = allocate_job(job, journal)
         calibrated = calibrate_job(job, journal)
         layers = run(job, journal, calibrated)
         report = Report(
@@ -141,11 +142,15 @@ def complete(job: Job) -> Report:
             seconds=time.perf_counter() - begin,
             peak=peak_memory(job.device),
             calibration=calibrated.figures(),
+            latency=job.latency,
         )
         finish(job, report)
         publish(job.partial, job.out)
         (job.out / NAME).unlink()
         shutil.rmtree(job.out / FOLDER, ignore_errors=True)
+    except BudgetError:
+        shutil.rmtree(job.partial)
+        raise
     except OSError as error:
         raise disk_error(error, job.partial) from error
     finally:
@@ -158,9 +163,21 @@ def block_layers(todo: Plan, structure: Structure) -> dict[str, LayerConfig]:
     return {unit.name: unit.layer for unit in todo.units if unit.layer and structure.linears[unit.name].place == "block"}
 
 
+def allocate_job(job: Job, journal: Journal) -> Job:
+    """The job with bits and groups chosen under the budgets of its settings; the same where it has none."""
+    if not job.config.mixed:
+        return job
+    layers = block_layers(job.todo, job.structure)
+    outside = {unit.name: Product(*unit.shape, unit.layer) for unit in job.todo.units if unit.layer and unit.name not in layers}
+    with out_of_memory(lambda: f"choosing bits per layer needs the whole model on {job.device}: use --device cpu or --bits"):
+        config, latency = allocate(job.source.path, layers, outside, job.config, job.calibration, job.device, journal)
+    todo = plan(job.source, job.structure, config, job.todo.dtype)
+    return dataclasses.replace(job, config=config, todo=todo, latency=latency)
+
+
 def calibrate_job(job: Job, journal: Journal) -> Calibrated:
     """The calibrated stages of a job; nothing where it has none."""
-    if job.calibration is None:
+    if not job.config.calibrated:
         return Calibrated()
     layers = block_layers(job.todo, job.structure)
     with out_of_memory(lambda: "calibrating needs the whole model in host memory: use fewer --calib-windows or another machine"):
@@ -259,6 +276,8 @@ def finish(job: Job, report: Report) -> None:
         "guard": job.todo.guard,
         **({"lowest_bits": job.config.lowest_bits} if job.config.lowest_bits else {}),
         "modules": modules,
-        "settings": job.config.to_dict() | ({"calibration": job.calibration.record()} if job.calibration else {}),
+        "settings": job.config.to_dict()
+        | ({"calibration": job.calibration.record()} if job.config.calibrated else {})
+        | ({"latency": job.latency} if job.latency else {}),
     }
     write_beside(job.partial, job.source, job.structure, model_card(report), dtype_name(job.todo.dtype), quantization)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lutq.config import LayerConfig, QuantConfig
 
@@ -66,6 +67,13 @@ class Report:
     seconds: float
     peak: str
     calibration: CalibrationReport | None = None
+    latency: dict[str, Any] | None = None
+
+    def times(self) -> dict[str, str]:
+        """What a budget of time was kept with, as title -> words; nothing where there was none."""
+        from lutq.latency import words
+
+        return {"time of products": words(self.latency)} if self.latency else {}
 
     def precisions(self) -> dict[str, str]:
         """What an any-precision checkpoint serves, as title -> words; nothing for others."""
@@ -82,7 +90,7 @@ class Report:
         lines += [
             f"bits per weight   {bits_per_weight(self.layers):.3f} in the quantized layers, scales and offsets included; "
             f"{8 * self.bytes_after / self.parameters:.3f} in the whole model",
-            *(f"{title:16}  {words}" for title, words in self.precisions().items()),
+            *(f"{title:16}  {words}" for title, words in (self.precisions() | self.times()).items()),
             f"size              {size(self.bytes_before)} -> {size(self.bytes_after)}",
             f"relative error    {relative_error(self.layers):.4f} of the quantized weights (Frobenius)",
             *(f"{title:16}  {words}" for title, words in (self.calibration.figures() if self.calibration else {}).items()),

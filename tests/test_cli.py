@@ -41,7 +41,7 @@ FLAGS = {
         *("--start", "--iterations", "--tolerance", "--head-bits", "--recipe", "--out", "--overwrite"),
         *("--scaling", "--no-scaling"),
         *("--calib", "--calib-windows", "--calib-length", "--seed", "--damping", "--rounds", "--sweeps"),
-        *("--refine", "--distill", "--flips", "--no-flips", "--rate", "--target-bpw", "--lowest-bits"),
+        *("--refine", "--distill", "--flips", "--no-flips", "--rate", "--target-bpw", "--target-ms", "--groups", "--lowest-bits"),
     ],
     "generate": [
         *("prompt", "--model", "--file", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty"),

@@ -30,6 +30,8 @@ OUT_OF_RANGE = [
     *((name, value) for name in ("seed", "rounds", "sweeps", "refine", "distill") for value in (-1, 1.5, "1", True, None)),
     *((name, value) for name in ("damping", "rate") for value in (-1e-9, 1, 2.5, float("nan"), "0", True, None)),
     *(("target_bpw", value) for value in (-1, 17, float("nan"), "2.5", True, None)),
+    *(("target_ms", value) for value in (-1, float("nan"), float("inf"), "2.5", True, None)),
+    *(("groups", value) for value in (64, None, True, "32,", "a", "32 64")),
     *(("flips", value) for value in (0, 1, "yes", None)),
     *(("head_bits", value) for value in (0, 5, 8, 15, 17, -16, 4.0, "16", True, None)),
     *(("overrides", value) for value in ([], "fc2", None, 3)),
@@ -92,7 +94,7 @@ def test_bad_pattern_is_refused(pattern):
         *(("calib_length", length) for length in (0, 2, 2048)),
         *((name, value) for name in ("seed", "rounds", "sweeps", "refine", "distill") for value in (0, 1, 1000)),
         *((name, value) for name in ("damping", "rate") for value in (0.0, 0, 0.999)),
-        *(("target_bpw", value) for value in (0, 2.5, 16)),
+        *((name, value) for name in ("target_bpw", "target_ms") for value in (0, 2.5, 16)),
         *(("head_bits", bits) for bits in (1, 2, 3, 4, KEEP_BITS)),
         ("overrides", {}),
         ("overrides", {"": {}, "fc2$": {"bits": 1, "group": 0, "skip": False}}),
@@ -109,6 +111,22 @@ def test_tuning_needs_a_bcq_grid(stage):
     assert QuantConfig(**{stage: 1}).calibrated
     assert QuantConfig(method="feedback").calibrated
     assert not QuantConfig().calibrated
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [("32,50", "every one of groups must be a multiple of 32.*got 50"), ("-32", "every one of groups.*got -32")],
+)
+def test_bad_groups(groups, words):
+    with pytest.raises(LutqError, match=words):
+        QuantConfig(target_bpw=3.0, groups=groups)
+
+
+def test_groups_are_for_a_budget():
+    with pytest.raises(LutqError, match=r"^groups '32,64' are for target_bpw and target_ms to choose from"):
+        QuantConfig(groups="32,64")
+    for target in ("target_bpw", "target_ms"):
+        assert QuantConfig(groups="32, 64,0,32", **{target: 3.0}).group_choices == (32, 64, 0), f"{target=}"
 
 
 def test_tolerance_becomes_a_float():
