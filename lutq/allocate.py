@@ -20,7 +20,7 @@ from lutq.config import LayerConfig, QuantConfig
 from lutq.errors import LutqError
 from lutq.fit import solve_layer
 from lutq.hessian import accumulate, damp
-from lutq.pack import dequantize, packed_shapes
+from lutq.pack import dequantize, highest, stored_shapes
 from lutq.refine import divergence
 from lutq.runtime import progress_interval
 from lutq.source import Source
@@ -114,9 +114,9 @@ def measure_unit(
         for linear, W, (_, layer) in zip(linears, originals, taken, strict=True):
             tried = layer._replace(bits=bits)
             packed, _, _ = solve_layer(W, H, tried, config)
-            linear.weight.data = dequantize(*packed, tried.group, tried.grid, K)
+            linear.weight.data = dequantize(*highest(packed), tried.group, tried.grid, K)
             size += sum(
-                8 * torch.Size(shape).numel() * dtype.itemsize for shape, dtype in packed_shapes(*W.shape, tried).values()
+                8 * torch.Size(shape).numel() * dtype.itemsize for shape, dtype in stored_shapes(*W.shape, tried).values()
             )
         loss = 0.0
         batch = max(1, BATCH // hidden.shape[1])
