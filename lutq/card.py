@@ -29,7 +29,7 @@ def model_card(report: Report) -> str:
         f"\n* {title}: {words}" for title, words in (report.calibration.figures() if report.calibration else {}).items()
     )
     precisions = "".join(f"\n* {title} {words}" for title, words in report.precisions().items())
-    scales = "".join(f"\n* {title}: {words}" for title, words in eight_bit(report.layers).items())
+    scales = "".join(f"\n* {title} {words}" for title, words in eight_bit(report.layers).items())
     return f"""---
 base_model: {report.source}
 library_name: transformers

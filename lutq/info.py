@@ -63,7 +63,7 @@ def describe(model: str | Path, device: str | None = None, dtype: str = "auto", 
         f"quantized by lutq {quantization.lutq_version} (format {quantization.format_version}), method {method}, "
         f"{bits_per_weight(layers):.3f} bits per weight in {len(layers)} layers, {8 * stored / parameters:.3f} in all",
         *([f"serves {serving(shapes, quantization.lowest_bits)}"] if quantization.lowest_bits else []),
-        *(f"{title}: {words}" for title, words in eight_bit(layers).items()),
+        *(f"{title} {words}" for title, words in eight_bit(layers).items()),
         "",
         table(("layer", "count", "bits", "group", "grid", "offsets", "bits/weight"), body),
         "",

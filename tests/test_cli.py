@@ -355,7 +355,7 @@ def edit_header(file, text):
 
 def newer(folder):
     config = json.loads((folder / "config.json").read_text())
-    edit_config(folder, quantization_config=config["quantization_config"] | {"format_version": 2})
+    edit_config(folder, quantization_config=config["quantization_config"] | {"format_version": 3})
 
 
 def without(folder, part):
