@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from lutq import bcq, nested, scales, solve, uniform
+from lutq import bcq, nested, solve, uniform
 from lutq.config import LayerConfig, QuantConfig
 from lutq.pack import (
     EightBit,
@@ -28,6 +28,7 @@ from lutq.pack import (
     to_tensors,
     unpack_bits,
 )
+from lutq.scales import OFFSETS, SCALES, nearest, spread
 
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights at a time; a fit needs about 100 bytes for each
 
@@ -59,7 +60,7 @@ def recode(W: torch.Tensor, packed: Packed, begin: int, layer: LayerConfig, conf
     if layer.grid == "uniform":
         zeros = packed.zero_points
         center = torch.full_like(grid[0], (2**layer.bits - 1) / 2) if zeros is None else zeros[here].float().flatten()
-        step = grid[0].clamp(min=uniform.SMALLEST_SCALE)  # where it is 0, so is every weight
+        step = grid[0].clamp(min=uniform.SMALLEST_SCALE)  # where it is 0, so is every level
         planes = planes_of(uniform.round_to_grid(w, step, center, layer.bits).to(torch.uint8), layer.bits)
     else:
         offsets = None if packed.offsets is None else packed.offsets[here].float().flatten()
@@ -172,15 +173,15 @@ def descend_in_eight_bits(W: torch.Tensor, H: torch.Tensor, start: bcq.Bcq, g: i
     """`start` with scales and offsets in 8 bits, then `lutq.solve.descend`, whose arguments these are, with the units kept."""
     rounded, (_, N, _) = in_eight_bits(pack(start)), start.planes.shape
     G = start.scales.shape[2]
-    unit = scales.spread(rounded.scale_units, N, G)
-    offset_unit = None if rounded.offset_units is None else scales.spread(rounded.offset_units, N, G)
+    unit = spread(rounded.scale_units, N, G)
+    offset_unit = None if rounded.offset_units is None else spread(rounded.offset_units, N, G)
 
     def settle_of(group: int) -> solve.Settle:
         def settle(planes: torch.Tensor, grid: torch.Tensor, offsets: torch.Tensor | None) -> bcq.Bcq:
             fit = bcq.canonical(planes, grid, offsets)
             if offsets is not None:
-                fit = fit._replace(offsets=scales.nearest(fit.offsets, offset_unit[:, group], scales.OFFSETS))
-            return fit._replace(scales=scales.nearest(fit.scales, unit[:, :, group], scales.SCALES))
+                fit = fit._replace(offsets=nearest(fit.offsets, offset_unit[:, group], OFFSETS))
+            return fit._replace(scales=nearest(fit.scales, unit[:, :, group], SCALES))
 
         return settle
 
