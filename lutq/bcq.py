@@ -133,14 +133,19 @@ def greedy_grid(w: torch.Tensor, bits: int, has_offsets: bool) -> tuple[torch.Te
 
 
 def greedy(w: torch.Tensor, bits: int, has_offsets: bool) -> Bcq:
-    """Greedy fit of w fp32 [R, g]: the codes follow the residual's sign, plane by plane, on the stored scales."""
+    """Greedy fit of w fp32 [R, g], its codes chosen for the stored scales."""
     scales, offsets = storable(*greedy_grid(w, bits, has_offsets))
+    return Bcq(greedy_planes(w, scales, offsets), scales, offsets)
+
+
+def greedy_planes(w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """Planes bool [b, R, g] that follow the residual's sign, plane by plane."""
     residual = w if offsets is None else w - offsets[:, None]
     planes = []
     for scale in scales:
         planes.append(residual >= 0)
         residual = torch.where(planes[-1], residual - scale[:, None], residual + scale[:, None])
-    return Bcq(torch.stack(planes), scales, offsets)
+    return torch.stack(planes)
 
 
 def starts(w: torch.Tensor, bits: int, has_offsets: bool, start: str, whiten: torch.Tensor | None = None) -> list[tuple]:

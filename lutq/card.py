@@ -7,6 +7,7 @@ from lutq.report import (
     Conversion,
     Report,
     bits_per_weight,
+    eight_bit,
     markdown_table,
     relative_error,
     rows,
@@ -28,6 +29,7 @@ def model_card(report: Report) -> str:
         f"\n* {title}: {words}" for title, words in (report.calibration.figures() if report.calibration else {}).items()
     )
     precisions = "".join(f"\n* {title} {words}" for title, words in (report.precisions() | report.times()).items())
+    scales = "".join(f"\n* {title} {words}" for title, words in eight_bit(report.layers).items())
     return f"""---
 base_model: {report.source}
 library_name: transformers
@@ -54,7 +56,7 @@ not load: transformers stops at a size mismatch of a tensor that is empty on pur
 {markdown_table(HEADER, rows(report.layers))}
 
 * bits per weight: {bits_per_weight(report.layers):.3f} in the quantized layers, scales and offsets included;
-  {8 * report.bytes_after / report.parameters:.3f} in the whole model{precisions}
+  {8 * report.bytes_after / report.parameters:.3f} in the whole model{precisions}{scales}
 * size: {size(report.bytes_before)} before, {size(report.bytes_after)} after
 * relative error of the quantized weights (Frobenius): {relative_error(report.layers):.4f}{calibration}
 * Linear layers kept as they are: {len(report.kept)}{" (" + shorten(report.kept) + ")" if report.kept else ""}

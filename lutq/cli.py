@@ -99,6 +99,7 @@ def quantize(
         Optional[int], setting("lowest_bits", "Serve every precision from this to --bits; 0: that alone.")
     ] = None,
     group: Annotated[Optional[int], setting("group", "Inputs that share scales: a multiple of 32, or 0 for the row.")] = None,
+    scale_bits: Annotated[Optional[int], setting("scale_bits", "Bits of each scale and offset, 16 or 8.")] = None,
     method: Annotated[Optional[str], setting("method", f"{', '.join(METHODS)}.")] = None,
     offsets: Annotated[Optional[bool], setting("offsets", "BCQ: one offset per group.", "--offsets/--no-offsets")] = None,
     symmetric: Annotated[Optional[bool], setting("symmetric", "rtn: no zero points.", "--symmetric/--asymmetric")] = None,

@@ -25,20 +25,29 @@ from lutq.paths import shipped
 METHODS = ("rtn", "greedy", "alternating", "feedback")
 STARTS = ("range", "uniform", "greedy", "best")
 KEEP_BITS = 16  # head_bits that leaves the output head as it is
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of a checkpoint whose scales have 16 bits
+EIGHT_BIT_VERSION = 2  # where some have 8: a lutq that knows version 1 alone refuses it
 
 
 class LayerConfig(NamedTuple):
     """How one Linear layer is stored, as a checkpoint's `quantization_config.modules` says for each.
 
     group: 0 is one group for the whole row. grid: `bcq` or `uniform`. offsets: every group has an offset, stored as
-    `offsets` (bcq) or `zero_points` (uniform).
+    `offsets` (bcq) or `zero_points` (uniform). scale_bits: of each scale and offset, 16 or 8 (lutq/scales.py).
     """
 
     bits: int
     group: int
     grid: str = "bcq"
     offsets: bool = True
+    scale_bits: int = 16
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `quantization_config.modules` has it; scale_bits only where they are not 16, since version 1 does not know them."""
+        fields = self._asdict()
+        if self.scale_bits == 16:
+            del fields["scale_bits"]
+        return fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +58,7 @@ class QuantConfig:
     lowest_bits: the checkpoint serves every precision from this one to `bits`, each with scales of its own (see
         lutq/nested.py). 0: `bits` alone.
     group: inputs that share one set of scales, a multiple of 32, or 0 for the whole row.
+    scale_bits: of each scale and BCQ offset, 16 or 8 (see lutq/scales.py).
     method: `rtn` (uniform grid), `greedy` or `alternating` (BCQ grid, see lutq/bcq.py), or `feedback` (BCQ grid fitted to the
         layer's outputs on a calibration text, see lutq/solve.py).
     offsets: store one offset per group besides the scales (BCQ grids).
@@ -75,7 +85,7 @@ class QuantConfig:
         that quantizes (see lutq/latency.py); bits per layer are chosen as for target_bpw, under both budgets if both are given.
     groups: the groups that may be chosen with the bits, such as "32,64,128". Empty: `group`.
     head_bits: bits of the output head, 16 keeps it as it is.
-    overrides: regular expression on the module name -> {bits, group, skip}.
+    overrides: regular expression on the module name -> {bits, group, scale_bits, skip}.
 
     Raises LutqError for a value out of range.
     """
@@ -83,6 +93,7 @@ class QuantConfig:
     bits: int = 3
     lowest_bits: int = 0
     group: int = 128
+    scale_bits: int = 16
     method: str = "alternating"
     offsets: bool = True
     symmetric: bool = False
@@ -117,6 +128,7 @@ class QuantConfig:
                 raise LutqError(f"{name} must be of type {wanted.__name__}, not {value!r}")
         check_bits(self.bits)
         check_group(self.group)
+        check_scale_bits(self.scale_bits)
         if self.head_bits != KEEP_BITS:
             check_bits(self.head_bits, "head_bits", f", or {KEEP_BITS} to keep the head as it is")
         for name, known in (("method", METHODS), ("start", STARTS)):
@@ -170,6 +182,8 @@ class QuantConfig:
         if self.mixed or others or self.head_bits not in (self.bits, KEEP_BITS):
             target = "target_ms" if self.target_ms else "target_bpw"
             raise LutqError(f"lowest_bits needs {self.bits} bits in every layer: leave out {target} and bits that differ")
+        if 8 in (self.scale_bits, *(table.get("scale_bits") for table in self.overrides.values())):
+            raise LutqError("lowest_bits stores scales in 16 bits and scale_bits is 8: leave one of the two out")
 
     @property
     def grid(self) -> str:
@@ -197,7 +211,8 @@ class QuantConfig:
     def layer(self, name: str, is_head: bool = False) -> LayerConfig | None:
         """Settings of the Linear layer called `name`, or None where it is kept as it is."""
         keep_head = is_head and self.head_bits == KEEP_BITS
-        settings = {"bits": self.head_bits if is_head and not keep_head else self.bits, "group": self.group}
+        bits = self.head_bits if is_head and not keep_head else self.bits
+        settings = {"bits": bits, "group": self.group, "scale_bits": self.scale_bits}
         skip = False
         for pattern, table in self.overrides.items():
             if re.search(pattern, name):
@@ -216,6 +231,11 @@ class QuantConfig:
 FIELDS = {field.name: field for field in dataclasses.fields(QuantConfig)}
 
 
+def format_version(modules: dict[str, dict[str, Any]]) -> int:
+    """The version of a checkpoint with these `quantization_config.modules`."""
+    return FORMAT_VERSION if all(fields.get("scale_bits", 16) == 16 for fields in modules.values()) else EIGHT_BIT_VERSION
+
+
 def check_bits(bits: Any, name: str = "bits", or_else: str = "") -> None:
     """Raise LutqError unless `bits` is 1, 2, 3 or 4."""
     if type(bits) is not int or not 1 <= bits <= 4:
@@ -228,19 +248,27 @@ def check_group(group: Any, name: str = "group") -> None:
         raise LutqError(f"{name} must be a multiple of 32, or 0 for one group per row; got {group!r}")
 
 
+def check_scale_bits(scale_bits: Any, name: str = "scale_bits") -> None:
+    """Raise LutqError unless `scale_bits` is 16 or 8."""
+    if type(scale_bits) is not int or scale_bits not in (16, 8):
+        raise LutqError(f"{name} must be 16 or 8; got {scale_bits!r}")
+
+
 def check_override(pattern: str, table: Any) -> None:
-    """Raise LutqError unless `pattern` is a regular expression and `table` holds only bits, group and skip."""
+    """Raise LutqError unless `pattern` is a regular expression and `table` holds only bits, group, scale_bits and skip."""
     where = f"overrides.{pattern!r}"
     try:
         re.compile(pattern)
     except re.error as error:
         raise LutqError(f"{where} is not a regular expression ({error}): correct it") from error
-    if not isinstance(table, dict) or not set(table) <= {"bits", "group", "skip"}:
-        raise LutqError(f"{where} takes the keys bits, group and skip; got {table!r}")
+    if not isinstance(table, dict) or not set(table) <= {"bits", "group", "scale_bits", "skip"}:
+        raise LutqError(f"{where} takes the keys bits, group, scale_bits and skip; got {table!r}")
     if "bits" in table:
         check_bits(table["bits"], f"{where}.bits")
     if "group" in table:
         check_group(table["group"], f"{where}.group")
+    if "scale_bits" in table:
+        check_scale_bits(table["scale_bits"], f"{where}.scale_bits")
     if type(table.get("skip", False)) is not bool:
         raise LutqError(f"{where}.skip must be true or false; got {table['skip']!r}")
 

@@ -9,32 +9,63 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from lutq import bcq, nested, solve, uniform
 from lutq.config import LayerConfig, QuantConfig
 from lutq.pack import (
+    EightBit,
     Nested,
     Packed,
+    Stored,
     dequantize,
     from_tensors,
     group_size,
     highest,
+    in_eight_bits,
     lower_name,
     pack_bits,
     to_tensors,
     unpack_bits,
 )
+from lutq.scales import OFFSETS, SCALES, nearest, spread
 
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights at a time; a fit needs about 100 bytes for each
 
 
-def fit(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed | Nested:
-    """Quantize W [N, K] (any float dtype, fitted in fp32 where it lies) without any data but the weights."""
+def fit(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Stored:
+    """Quantize W [N, K] (any float dtype, fitted in fp32 where it lies) without any data but the weights.
+
+    With scales in 8 bits a fit in 16 is rounded, whose units span the chunks, and codes are chosen once more.
+    """
     N, K = W.shape
     rows = max(1, CHUNK.get(W.device.type, CHUNK["cpu"]) // K)
     chunks = [to_tensors(fit_rows(W[begin : begin + rows].float(), layer, config)) for begin in range(0, N, rows)]
     rows_of = {name: 0 if name.startswith(("offsets", "zero_points")) else 1 for name in chunks[0]}  # dimension of N
-    return from_tensors({name: torch.cat([chunk[name] for chunk in chunks], rows_of[name]) for name in rows_of})
+    fitted = from_tensors({name: torch.cat([chunk[name] for chunk in chunks], rows_of[name]) for name in rows_of})
+    if layer.scale_bits == 16:
+        return fitted
+    rounded = in_eight_bits(fitted)
+    codes = [recode(W[begin : begin + rows].float(), rounded.values, begin, layer, config) for begin in range(0, N, rows)]
+    return rounded._replace(values=rounded.values._replace(codes=torch.cat(codes, 1)))
+
+
+def recode(W: torch.Tensor, packed: Packed, begin: int, layer: LayerConfig, config: QuantConfig) -> torch.Tensor:
+    """Codes [b, rows, ceil(K/32)] of W fp32 [rows, K], the rows from `begin` on of a packed matrix, for the grids of that."""
+    rows, K = W.shape
+    g = group_size(layer.group, K)
+    w = F.pad(W, (0, -K % g)).unflatten(1, (-1, g)).flatten(0, 1)
+    here = slice(begin, begin + rows)
+    grid = packed.scales[:, here].float().flatten(1)
+    if layer.grid == "uniform":
+        zeros = packed.zero_points
+        center = torch.full_like(grid[0], (2**layer.bits - 1) / 2) if zeros is None else zeros[here].float().flatten()
+        step = grid[0].clamp(min=uniform.SMALLEST_SCALE)  # where it is 0, so is every level
+        planes = planes_of(uniform.round_to_grid(w, step, center, layer.bits).to(torch.uint8), layer.bits)
+    else:
+        offsets = None if packed.offsets is None else packed.offsets[here].float().flatten()
+        planes = bcq.greedy_planes(w, grid, offsets) if config.method == "greedy" else bcq.nearest(w, grid, offsets)[0]
+    return pack_bits(planes.unflatten(1, (rows, -1)).flatten(2)[..., :K])
 
 
 def fit_rows(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed | Nested:
@@ -64,12 +95,16 @@ def fit_groups(w: torch.Tensor, bits: int, config: QuantConfig) -> tuple[torch.T
     """Planes bool [b, R, g], scales [b or 1, R] and offsets or zero points [R] for groups w fp32 [R, g]."""
     if config.method == "rtn":
         u, scales, zero_points = uniform.rtn(w, bits, config.symmetric, config.clip)
-        planes = torch.stack([((u >> (bits - 1 - i)) & 1).bool() for i in range(bits)])
-        return planes, scales[None], zero_points
+        return planes_of(u, bits), scales[None], zero_points
     if config.method == "greedy":
         return bcq.greedy(w, bits, config.offsets)
     search = (config.start, config.iterations, config.tolerance)
     return bcq.alternating(w, bits, config.offsets, *search)
+
+
+def planes_of(u: torch.Tensor, bits: int) -> torch.Tensor:
+    """Planes bool [b, R, g] of integers u uint8 [R, g]."""
+    return torch.stack([((u >> (bits - 1 - i)) & 1).bool() for i in range(bits)])
 
 
 def at_lowest(layer: LayerConfig, config: QuantConfig) -> tuple[LayerConfig, QuantConfig]:
@@ -98,9 +133,7 @@ def pack(fit: bcq.Bcq) -> Packed:
     return Packed(pack_bits(fit.planes), fit.scales.half(), None if fit.offsets is None else fit.offsets.half())
 
 
-def solve_layer(
-    W: torch.Tensor, H: torch.Tensor, layer: LayerConfig, config: QuantConfig
-) -> tuple[Packed | Nested, float, float]:
+def solve_layer(W: torch.Tensor, H: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> tuple[Stored, float, float]:
     """Quantize W fp32 [N, K] with H [K, K]; relative output errors of the plain fit and of the result, which is never more.
 
     Methods other than `feedback` are plain fits. With several precisions the errors are those of the highest, and it is no
@@ -110,7 +143,7 @@ def solve_layer(
     g = group_size(layer.group, K)
     size = (W @ H * W).sum().clamp(min=1e-30)
 
-    def losses(packed: Packed | Nested) -> torch.Tensor:
+    def losses(packed: Stored) -> torch.Tensor:
         return solve.loss(W, dequantize(*highest(packed), layer.group, layer.grid, K), H)
 
     def relative(losses: torch.Tensor) -> float:
@@ -127,5 +160,30 @@ def solve_layer(
     else:
         solved = solve.solve(W, H, layer.bits, g, layer.offsets, *settings)
         better = solve.loss(W, solve.dense(solved, g), H) < before
-        result = pack(solve.descend(W, H, solve.choose_rows(better, solved, unpack(plain, K)), g, config.sweeps))
+        start = solve.choose_rows(better, solved, unpack(highest(plain), K))
+        if layer.scale_bits == 16:
+            result = pack(solve.descend(W, H, start, g, config.sweeps))
+        else:
+            result = descend_in_eight_bits(W, H, start, g, max(1, config.sweeps))
+            result = result if losses(result).sum() < before.sum() else plain
     return result, relative(before), relative(losses(result))
+
+
+def descend_in_eight_bits(W: torch.Tensor, H: torch.Tensor, start: bcq.Bcq, g: int, sweeps: int) -> EightBit:
+    """`start` with scales and offsets in 8 bits, then `lutq.solve.descend`, whose arguments these are, with the units kept."""
+    rounded, (_, N, _) = in_eight_bits(pack(start)), start.planes.shape
+    G = start.scales.shape[2]
+    unit = spread(rounded.scale_units, N, G)
+    offset_unit = None if rounded.offset_units is None else spread(rounded.offset_units, N, G)
+
+    def settle_of(group: int) -> solve.Settle:
+        def settle(planes: torch.Tensor, grid: torch.Tensor, offsets: torch.Tensor | None) -> bcq.Bcq:
+            fit = bcq.canonical(planes, grid, offsets)
+            if offsets is not None:
+                fit = fit._replace(offsets=nearest(fit.offsets, offset_unit[:, group], OFFSETS))
+            return fit._replace(scales=nearest(fit.scales, unit[:, :, group], SCALES))
+
+        return settle
+
+    moved = solve.descend(W, H, unpack(rounded.values, W.shape[1]), g, sweeps, settle_of=settle_of)
+    return rounded._replace(values=pack(moved))

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lutq.config import FORMAT_VERSION, LayerConfig, check_bits, check_group
+from lutq.config import EIGHT_BIT_VERSION, FORMAT_VERSION, LayerConfig, check_bits, check_group, check_scale_bits
 from lutq.errors import LutqError
 from lutq.linear import LutLinear
 from lutq.ops import choose_backend
 from lutq.ordered import OrderedLinear
-from lutq.pack import LOWER, Packed, lower_shapes
+from lutq.pack import EIGHT_BIT, LOWER, UNITS, Packed, lower_shapes
 from lutq.parallel.load import load_part
 from lutq.parallel.ranks import current
 from lutq.precisions import choose, contents, state_dict
@@ -57,7 +57,7 @@ class LutqConfig(QuantizationConfigMixin):
         quant_method: str = "lutq",
         **unknown: Any,
     ) -> None:
-        if format_version != FORMAT_VERSION or unknown:
+        if format_version not in (FORMAT_VERSION, EIGHT_BIT_VERSION) or unknown:
             what = f"format version {format_version}" + (f" and {sorted(unknown)}" if unknown else "")
             raise LutqError(
                 f"this checkpoint was written by lutq {lutq_version or '?'} ({what}), which this version cannot read: "
@@ -81,20 +81,22 @@ class LutqConfig(QuantizationConfigMixin):
             where = f"quantization_config.modules.{name}"
             check_bits(layer.bits, f"{where}.bits")
             check_group(layer.group, f"{where}.group")
+            check_scale_bits(layer.scale_bits, f"{where}.scale_bits")
             if layer.grid not in ("bcq", "uniform") or type(layer.offsets) is not bool:
                 raise LutqError(f"{where} has values this version does not know: {layer._asdict()}: pip install --upgrade lutq")
-        found = {layer.bits for layer in layers.values()}
-        if self.lowest_bits and not (type(self.lowest_bits) is int and len(found) == 1 and 0 < self.lowest_bits < max(found)):
+        found, scale_bits = ({layer[i] for layer in layers.values()} for i in (0, -1))
+        several = type(self.lowest_bits) is int and len(found) == 1 and 0 < self.lowest_bits < max(found)
+        if self.lowest_bits and not (several and scale_bits == {16}):
             raise LutqError(
                 f"quantization_config.lowest_bits is {self.lowest_bits!r} and must be at least 1 and less than the bits of the "
-                "layers, which must be equal: quantize again"
+                "layers, which must be equal, with scales of 16 bits: quantize again"
             )
         return layers
 
     def at(self, bits: int | None) -> "LutqConfig":
         """The config of an ordinary model of `bits` bits, or None for all that each layer has."""
         layers = self.layers()
-        modules = {name: (layer._replace(bits=bits) if bits else layer)._asdict() for name, layer in layers.items()}
+        modules = {name: (layer._replace(bits=bits) if bits else layer).to_dict() for name, layer in layers.items()}
         return LutqConfig(**self.to_dict() | {"modules": modules, "lowest_bits": 0})
 
 
@@ -176,7 +178,7 @@ def check_tensors(model: torch.nn.Module, quantization: LutqConfig, files: list[
     wanted = {}
     for key, shape in shapes.items():
         if key not in tied:
-            packed = key.rpartition(".")[2] in (*Packed._fields, "input_order")
+            packed = key.rpartition(".")[2] in (*Packed._fields, *UNITS, "input_order")
             wanted[key] = Spec(shape, state[key].dtype if packed or key not in found else found[key].dtype)
     for name, layer in quantization.layers().items():
         module = model.get_submodule(name)
@@ -316,8 +318,9 @@ def model_bytes(path: Path, dtype: torch.dtype, layers: dict[str, LayerConfig] |
     total = 0
     for file in files:
         for key, (_, spec) in contents(tensor_specs(file), layers or {}, bits).items():
-            packed = key.rpartition(".")[2] in Packed._fields
-            total += spec.nbytes if packed else Spec(spec.shape, dtype).nbytes
+            part = key.rpartition(".")[2]
+            kept = torch.float16 if part in EIGHT_BIT else spec.dtype  # kernels take scales in 16 bits
+            total += Spec(spec.shape, kept if part in (*Packed._fields, *UNITS) else dtype).nbytes
     return total
 
 

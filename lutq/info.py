@@ -7,9 +7,9 @@ import torch
 from lutq.hf import check_checkpoint, existing, load_dtype
 from lutq.latency import words
 from lutq.ops import choose_backend
-from lutq.pack import lower_shapes, packed_shapes
+from lutq.pack import lower_shapes, stored_shapes
 from lutq.precisions import serving
-from lutq.report import LayerReport, bits_per_weight, by_kind, table
+from lutq.report import LayerReport, bits_per_weight, by_kind, eight_bit, table
 from lutq.runtime import device_name, dtype_name, resolve_device, size
 from lutq.source import load_config, locate
 from lutq.structure import read_structure
@@ -41,7 +41,7 @@ def describe(model: str | Path, device: str | None = None, dtype: str = "auto", 
     layers = []
     for module, layer in quantization.layers().items():
         N, K = structure.linears[module].N, structure.linears[module].K
-        parts = packed_shapes(N, K, layer) | lower_shapes(N, K, layer, quantization.lowest_bits)
+        parts = stored_shapes(N, K, layer) | lower_shapes(N, K, layer, quantization.lowest_bits)
         nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in parts.values())
         nbytes += 4 * K if module in quantization.ordered else 0
         layers.append(LayerReport(module, N, K, layer, nbytes, 0.0, 0.0))
@@ -55,7 +55,7 @@ def describe(model: str | Path, device: str | None = None, dtype: str = "auto", 
             "yes" if offsets else "no",
             f"{bits_per_weight(members):.3f}",
         )
-        for (kind, bits, group, grid, offsets), members in by_kind(layers).items()
+        for (kind, bits, group, grid, offsets, _), members in by_kind(layers).items()
     ]
     shapes = [(layer.N, layer.K, layer.layer) for layer in layers]
     backend_name, why = choose_backend(backend, place)
@@ -65,6 +65,7 @@ def describe(model: str | Path, device: str | None = None, dtype: str = "auto", 
         f"{bits_per_weight(layers):.3f} bits per weight in {len(layers)} layers, {8 * stored / parameters:.3f} in all",
         *([f"serves {serving(shapes, quantization.lowest_bits)}"] if quantization.lowest_bits else []),
         *([words(quantization.settings["latency"])] if "latency" in quantization.settings else []),
+        *(f"{title} {found}" for title, found in eight_bit(layers).items()),
         "",
         table(("layer", "count", "bits", "group", "grid", "offsets", "bits/weight"), body),
         "",

@@ -12,13 +12,14 @@ import torch
 from lutq.config import LayerConfig
 from lutq.errors import LutqError
 from lutq.ops import choose_backend, working_backend
-from lutq.pack import Packed, dequantize, packed_shapes
+from lutq.pack import UNITS, EightBit, Packed, dequantize, from_tensors, highest, stored_shapes, to_tensors
 
 
 class LutLinear(torch.nn.Module):
     """y = x W^T + bias with W [N, K] packed as in lutq/pack.py; x [..., K] in fp16, bf16 or fp32.
 
-    The packed tensors are buffers and keep their dtype when the module is moved or cast; only `bias` follows a cast.
+    The tensors of a checkpoint are buffers and keep their dtype when the module is moved or cast; only `bias` follows a cast.
+    Scales in 8 bits become fp16 for each product of the reference, and once and for all in kernel order.
     K and N are called `in_features` and `out_features`, as in nn.Linear.
     """
 
@@ -34,8 +35,8 @@ class LutLinear(torch.nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.layer, self.wide, self._backend = layer, False, "auto"
-        shapes = packed_shapes(out_features, in_features, layer)
-        for name in Packed._fields:
+        shapes = stored_shapes(out_features, in_features, layer)
+        for name in (*Packed._fields, *UNITS):
             tensor = None
             if name in shapes:
                 shape, dtype = shapes[name]
@@ -46,11 +47,13 @@ class LutLinear(torch.nn.Module):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_packed(cls, packed: Packed, in_features: int, layer: LayerConfig, bias: torch.Tensor | None = None) -> "LutLinear":
+    def from_packed(
+        cls, packed: Packed | EightBit, in_features: int, layer: LayerConfig, bias: torch.Tensor | None = None
+    ) -> "LutLinear":
         """A layer that holds `packed`, of `in_features` inputs."""
         parameter = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-        module = cls(in_features, packed.codes.shape[1], layer, parameter, device="meta")
-        for name, tensor in packed._asdict().items():
+        module = cls(in_features, highest(packed).codes.shape[1], layer, parameter, device="meta")
+        for name, tensor in to_tensors(packed).items():
             setattr(module, name, tensor)
         return module
 
@@ -71,11 +74,10 @@ class LutLinear(torch.nn.Module):
         if self.kernel_codes is None and not torch.compiler.is_compiling():
             self.prepack()
         if self.kernel_codes is not None:
-            bits, group, grid, offsets = self.layer
+            bits, group, grid, offsets, _ = self.layer
             tensors = (self.kernel_codes, self.kernel_records, self.bias)
             return torch.ops.lutq.linear_prepacked(x, *tensors, self.out_features, bits, group, grid, offsets, self.wide)
-        tensors = (self.codes, self.scales, self.offsets, self.zero_points, self.bias)
-        return torch.ops.lutq.linear(x, *tensors, self.layer.group, self.layer.grid, self.backend)
+        return torch.ops.lutq.linear(x, *self.packed(), self.bias, self.layer.group, self.layer.grid, self.backend)
 
     def prepack(self) -> bool:
         """Put the layer into kernel order if its backend wants that, and say whether it is in it.
@@ -105,20 +107,26 @@ class LutLinear(torch.nn.Module):
         return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))
 
     def packed(self) -> Packed:
-        """The canonical tensors: the buffers, or made from the kernel order."""
+        """The canonical tensors, scales and offsets in fp16: the buffers, or made from the kernel order."""
         if self.kernel_codes is None:
-            return Packed(self.codes, self.scales, self.offsets, self.zero_points)
+            if self.scale_units is None:
+                return Packed(self.codes, self.scales, self.offsets, self.zero_points)
+            return highest(from_tensors({name: tensor for name, tensor in self._buffers.items() if tensor is not None}))
         from lutq.prepack import unpack_codes, unpack_records
 
         records = unpack_records(self.kernel_records, self.out_features, self.in_features, self.layer)
         codes = unpack_codes(self.kernel_codes, self.out_features, self.in_features, self.layer.grid)
         return Packed(codes, **records)
 
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor of what a checkpoint holds, made from the kernel order."""
+        packed = self.packed()
+        return to_tensors(packed if self.scale_units is None else EightBit(packed, self.scale_units, self.offset_units))
+
     def unpack(self) -> None:
         """Leave the kernel order: the canonical tensors are buffers again."""
         if self.kernel_codes is not None:
-            for name, tensor in self.packed()._asdict().items():
-                self._buffers[name] = tensor
+            self._buffers |= self.stored()
             self.kernel_codes = self.kernel_records = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -128,7 +136,7 @@ class LutLinear(torch.nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kernel_codes is not None:
-            destination |= {prefix + name: tensor for name, tensor in self.packed()._asdict().items() if tensor is not None}
+            destination |= {prefix + name: tensor for name, tensor in self.stored().items()}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
@@ -136,7 +144,7 @@ class LutLinear(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        settings = ", ".join(f"{key}={value}" for key, value in self.layer._asdict().items())
+        settings = ", ".join(f"{key}={value}" for key, value in self.layer.to_dict().items())
         return f"{self.in_features}, {self.out_features}, {settings}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lutq import __version__
-from lutq.config import FORMAT_VERSION
+from lutq.config import format_version
 from lutq.errors import LutqError
 from lutq.source import Source
 from lutq.structure import Structure
@@ -55,7 +55,7 @@ def write_beside(folder: Path, source: Source, structure: Structure, card: str, 
             else:
                 shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    heads = {"quant_method": "lutq", "format_version": FORMAT_VERSION, "lutq_version": __version__}
+    heads = {"quant_method": "lutq", "format_version": format_version(quantization["modules"]), "lutq_version": __version__}
     config = source.raw_config | {"dtype": dtype, "quantization_config": heads | quantization}
     for key in ("torch_dtype", "compression_config"):
         config.pop(key, None)

@@ -12,6 +12,9 @@ With G = ceil(K/g) groups of g inputs (the last may be short):
 An any-precision checkpoint serves several precisions with the same codes: the first b planes are the model of b bits, whose
 grid is `scales_{b}bit` [b, N, G] and `offsets_{b}bit` [N, G]; that of all planes has the ordinary names.
 
+With scales in 8 bits a checkpoint stores `scales` as uint8 and `offsets` as int8 codes of the same shapes, and in fp16 their
+units `scale_units` [b or 1, ceil(N G / 256)] and `offset_units` [ceil(N G / 256)], see lutq/scales.py.
+
 The form knows no kernel: kernels reorder it at load. All arithmetic here is fp32, and the uniform grid is exact in it.
 """
 
@@ -21,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from lutq.config import LayerConfig
+from lutq.scales import OFFSETS, SCALES, blocks, decode, encode, spread, units_of
 
 CHUNK = 1 << 22  # weights unpacked at a time: bounds the temporary memory to about 50 MB
 
@@ -49,9 +53,35 @@ class Nested(NamedTuple):
         )
 
 
-def highest(packed: Packed | Nested) -> Packed:
-    """W at all its bits."""
+class EightBit(NamedTuple):
+    """W with scales and offsets in 8 bits: `values` holds what their codes stand for, in fp16, beside the units."""
+
+    values: Packed
+    scale_units: torch.Tensor
+    offset_units: torch.Tensor | None
+
+
+Stored = Packed | Nested | EightBit  # what a checkpoint can hold of a matrix
+EIGHT_BIT = {"scales": ("scale_units", SCALES), "offsets": ("offset_units", OFFSETS)}  # part -> its units, dtype of its codes
+
+
+def highest(packed: Stored) -> Packed:
+    """W at all its bits, scales and offsets in fp16."""
+    if isinstance(packed, EightBit):
+        return packed.values
     return packed.highest if isinstance(packed, Nested) else packed
+
+
+def in_eight_bits(packed: Packed) -> EightBit:
+    """`packed` with its scales and offsets rounded to 8 bits."""
+    units: dict[str, torch.Tensor | None] = {"scale_units": None, "offset_units": None}
+    for part, (name, dtype) in EIGHT_BIT.items():
+        values = getattr(packed, part)
+        if values is not None:
+            units[name] = units_of(values, dtype)
+            unit = spread(units[name], *values.shape[-2:])
+            packed = packed._replace(**{part: decode(encode(values, unit, dtype), unit)})
+    return EightBit(packed, **units)
 
 
 def lower_name(part: str, bits: int) -> str:
@@ -60,18 +90,30 @@ def lower_name(part: str, bits: int) -> str:
 
 
 LOWER = tuple(lower_name(part, bits) for bits in (1, 2, 3) for part in ("scales", "offsets"))
-PARTS = Packed._fields + LOWER  # every tensor that can belong to a packed matrix
+UNITS = EightBit._fields[1:]
+PARTS = Packed._fields + LOWER + UNITS  # every tensor that can belong to a packed matrix
 
 
-def to_tensors(packed: Packed | Nested) -> dict[str, torch.Tensor]:
+def to_tensors(packed: Stored) -> dict[str, torch.Tensor]:
     """Name -> tensor of everything that a checkpoint stores of a matrix."""
     tensors = {name: tensor for name, tensor in highest(packed)._asdict().items() if tensor is not None}
+    if isinstance(packed, EightBit):
+        for part, (name, dtype) in EIGHT_BIT.items():
+            units = getattr(packed, name)
+            if units is not None:
+                tensors |= {part: encode(tensors[part], spread(units, *tensors[part].shape[-2:]), dtype), name: units}
     return tensors | packed.lower if isinstance(packed, Nested) else tensors
 
 
-def from_tensors(tensors: dict[str, torch.Tensor]) -> Packed | Nested:
-    """The inverse of `to_tensors`; other names are ignored."""
+def from_tensors(tensors: dict[str, torch.Tensor]) -> Stored:
+    """The inverse of `to_tensors`; other names are ignored. Scales and offsets beside units may be values instead of codes."""
     packed = Packed(**{name: tensors[name] for name in Packed._fields if name in tensors})
+    if "scale_units" in tensors:
+        for part, (name, _) in EIGHT_BIT.items():
+            codes = getattr(packed, part)
+            if codes is not None and not codes.is_floating_point():
+                packed = packed._replace(**{part: decode(codes, spread(tensors[name], *codes.shape[-2:]))})
+        return EightBit(packed, tensors["scale_units"], tensors.get("offset_units"))
     lower = {name: tensors[name] for name in LOWER if name in tensors}
     return Nested(packed, lower) if lower else packed
 
@@ -87,7 +129,7 @@ def group_size(group: int, K: int) -> int:
 
 
 def packed_shapes(N: int, K: int, layer: LayerConfig) -> dict[str, tuple]:
-    """Tensor name -> (shape, dtype) of the packed form of W [N, K]."""
+    """Tensor name -> (shape, dtype) of the packed form of W [N, K], in memory; `stored_shapes` says what files hold."""
     G = -(-K // group_size(layer.group, K))
     bcq = layer.grid == "bcq"
     shapes = {
@@ -96,6 +138,17 @@ def packed_shapes(N: int, K: int, layer: LayerConfig) -> dict[str, tuple]:
     }
     if layer.offsets:
         shapes |= {"offsets": ((N, G), torch.float16)} if bcq else {"zero_points": ((N, G), torch.uint8)}
+    return shapes
+
+
+def stored_shapes(N: int, K: int, layer: LayerConfig) -> dict[str, tuple]:
+    """Tensor name -> (shape, dtype) of what a checkpoint stores of W [N, K], but for `lower_shapes`."""
+    shapes = packed_shapes(N, K, layer)
+    if layer.scale_bits == 8:
+        for part, (name, dtype) in EIGHT_BIT.items():
+            if part in shapes:
+                shape, units_dtype = shapes[part]
+                shapes |= {part: (shape, dtype), name: ((*shape[:-2], blocks(*shape[-2:])), units_dtype)}
     return shapes
 
 

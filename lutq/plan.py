@@ -7,7 +7,7 @@ import torch
 
 from lutq.config import LayerConfig, QuantConfig
 from lutq.errors import LutqError
-from lutq.pack import PARTS, lower_shapes, packed_shapes
+from lutq.pack import PARTS, lower_shapes, stored_shapes
 from lutq.shards import Spec
 from lutq.source import Source
 from lutq.structure import Structure, match_tensors
@@ -49,7 +49,7 @@ def plan(source: Source, structure: Structure, config: QuantConfig, dtype: torch
         module = key.removesuffix(".weight")
         if module in chosen and key != module:
             unit = Unit(module, names[key], shape, chosen[module])
-            parts = packed_shapes(*shape, chosen[module]) | lower_shapes(*shape, chosen[module], config.lowest_bits)
+            parts = stored_shapes(*shape, chosen[module]) | lower_shapes(*shape, chosen[module], config.lowest_bits)
             for part, (part_shape, part_dtype) in parts.items():
                 specs[f"{module}.{part}"] = Spec(part_shape, part_dtype)
         elif key in structure.tied:

@@ -271,7 +271,7 @@ def memory_advice(unit: Unit, device: torch.device) -> str:
 
 def finish(job: Job, report: Report) -> None:
     """Everything beside the weights."""
-    modules = {figures.name: figures.layer._asdict() for figures in report.layers}
+    modules = {figures.name: figures.layer.to_dict() for figures in report.layers}
     quantization = {
         "guard": job.todo.guard,
         **({"lowest_bits": job.config.lowest_bits} if job.config.lowest_bits else {}),

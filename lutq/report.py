@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class Report:
         lines += [
             f"bits per weight   {bits_per_weight(self.layers):.3f} in the quantized layers, scales and offsets included; "
             f"{8 * self.bytes_after / self.parameters:.3f} in the whole model",
-            *(f"{title:16}  {words}" for title, words in (self.precisions() | self.times()).items()),
+            *(f"{title:16}  {words}" for title, words in (self.precisions() | eight_bit(self.layers) | self.times()).items()),
             f"size              {size(self.bytes_before)} -> {size(self.bytes_after)}",
             f"relative error    {relative_error(self.layers):.4f} of the quantized weights (Frobenius)",
             *(f"{title:16}  {words}" for title, words in (self.calibration.figures() if self.calibration else {}).items()),
@@ -172,8 +172,26 @@ def relative_error(layers: Iterable[LayerReport]) -> float:
     return math.sqrt(sum(layer.error for layer in layers) / norm) if norm else 0.0
 
 
+def eight_bit(layers: Iterable[LayerReport]) -> dict[str, str]:
+    """What scales in 8 bits save, as title -> words; nothing where there are none."""
+    from lutq.pack import packed_shapes, stored_shapes
+    from lutq.shards import Spec
+
+    layers = list(layers)
+    chosen = [layer for layer in layers if layer.layer.scale_bits == 8]
+    if not chosen:
+        return {}
+
+    def nbytes(shapes: Callable[[int, int, LayerConfig], dict[str, tuple]]) -> int:
+        return sum(Spec(*spec).nbytes for layer in chosen for spec in shapes(layer.N, layer.K, layer.layer).values())
+
+    saved = 8 * (nbytes(packed_shapes) - nbytes(stored_shapes)) / sum(layer.N * layer.K for layer in layers)
+    where = "" if len(chosen) == len(layers) else f" in {len(chosen)} of {len(layers)} layers"
+    return {"scales": f"in 8 bits{where}, which saves {saved:.3f} bits per weight, second-level scales counted"}
+
+
 def by_kind(layers: Iterable[LayerReport]) -> dict[tuple, list[LayerReport]]:
-    """(kind, bits, group, grid, offsets) -> layers, in order of appearance."""
+    """(kind, fields of LayerConfig) -> layers, in order of appearance."""
     kinds: dict[tuple, list[LayerReport]] = {}
     for layer in layers:
         kinds.setdefault((layer.kind, *layer.layer), []).append(layer)
@@ -184,7 +202,7 @@ def rows(layers: Iterable[LayerReport]) -> list[tuple[str, ...]]:
     """A row per kind of layer, bits and group, in order of appearance, and one for all."""
     layers = list(layers)
     result = []
-    for (kind, bits, group, _, _), members in by_kind(layers).items():
+    for (kind, bits, group, *_), members in by_kind(layers).items():
         figures = (f"{bits_per_weight(members):.3f}", f"{relative_error(members):.4f}")
         result.append((kind, str(len(members)), str(bits), str(group or "row"), *figures))
     result.append(("all", str(len(layers)), "", "", f"{bits_per_weight(layers):.3f}", f"{relative_error(layers):.4f}"))

@@ -14,6 +14,7 @@ codes and grids (as QuantEase, arXiv 2309.01885, does for uniform grids).
 Rows are outputs: w [N, g] is what lutq/bcq.py calls R groups. Every grid is judged as stored, after rounding to fp16.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -182,17 +183,28 @@ def loss(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
     return (e @ H * e).sum(1)
 
 
-def improve_group(fit: Bcq, q: torch.Tensor, pull: torch.Tensor, H: torch.Tensor) -> tuple[Bcq, torch.Tensor]:
+def improve_group(
+    fit: Bcq, q: torch.Tensor, pull: torch.Tensor, H: torch.Tensor, settle: Settle = bcq.canonical
+) -> tuple[Bcq, torch.Tensor]:
     """`move_codes`, then `move_grid`, whose arguments these are."""
     fit, moved = move_codes(fit, q, pull, H)
-    return move_grid(fit, moved, pull - (moved - q) @ H, H)
+    return move_grid(fit, moved, pull - (moved - q) @ H, H, settle)
 
 
-def descend(W: torch.Tensor, H: torch.Tensor, fit: Bcq, g: int, sweeps: int, improve: Improve = improve_group) -> Bcq:
+def descend(
+    W: torch.Tensor,
+    H: torch.Tensor,
+    fit: Bcq,
+    g: int,
+    sweeps: int,
+    improve: Improve = improve_group,
+    settle_of: Callable[[int], Settle] | None = None,
+) -> Bcq:
     """Lower `loss` from a fit as `solve` returns it by coordinate descent; no step raises the loss of a row.
 
     A sweep visits every group: each code takes the level that is best with all else fixed, then the group's scales and offset
-    are least squares in H, and are kept in the rows where that, after rounding, is better. `improve` replaces these two steps.
+    are least squares in H, and are kept in the rows where that, after rounding, is better. `improve` replaces these two steps,
+    settle_of: number of a group -> the rounding of its grid, where groups do not share one.
     """
     if sweeps == 0:
         return fit
@@ -206,7 +218,8 @@ def descend(W: torch.Tensor, H: torch.Tensor, fit: Bcq, g: int, sweeps: int, imp
             here = slice(begin, min(begin + g, K))
             H_SS, before = H[here, here], Q[:, here].clone()
             part = Bcq(planes[:, :, here], scales[:, :, group], None if offsets is None else offsets[:, group])
-            part, q = improve(part, before, pull[:, here], H_SS)
+            step = functools.partial(improve, settle=settle_of(group)) if settle_of else improve
+            part, q = step(part, before, pull[:, here], H_SS)
             planes[:, :, here], scales[:, :, group], Q[:, here] = part.planes, part.scales, q
             if offsets is not None:
                 offsets[:, group] = part.offsets

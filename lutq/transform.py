@@ -23,7 +23,7 @@ from lutq.blocks import Blocks, batch_size, input_stages, visit_inputs
 from lutq.config import LayerConfig, QuantConfig
 from lutq.fit import solve_layer
 from lutq.hessian import accumulate, damp
-from lutq.pack import dequantize
+from lutq.pack import dequantize, highest
 from lutq.refine import block_error
 
 ALPHAS = (0.15, 0.3, 0.5, 0.75, 1.0)
@@ -159,7 +159,7 @@ def quantized(
     config = dataclasses.replace(config, lowest_bits=0, rounds=min(config.rounds, 1), sweeps=0)
     H = damp(H / (s[:, None] * s), config.damping).H
     fits = [solve_layer(W * s, H, layer, config)[0] for W, layer in zip(weights, layers, strict=True)]
-    return [dequantize(*fit, layer.group, layer.grid, len(s)) / s for fit, layer in zip(fits, layers, strict=True)]
+    return [dequantize(*highest(fit), layer.group, layer.grid, len(s)) / s for fit, layer in zip(fits, layers, strict=True)]
 
 
 @torch.no_grad()

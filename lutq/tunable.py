@@ -12,7 +12,21 @@ import torch.nn.functional as F
 
 from lutq import bcq
 from lutq.config import LayerConfig
-from lutq.pack import Nested, Packed, dequantize, group_size, highest, pack_bits, signs, unpack_bits
+from lutq.pack import (
+    EIGHT_BIT,
+    UNITS,
+    EightBit,
+    Nested,
+    Packed,
+    Stored,
+    dequantize,
+    group_size,
+    highest,
+    pack_bits,
+    signs,
+    unpack_bits,
+)
+from lutq.scales import grown, nearest, spread
 
 MARGIN = 0.02  # of the distance of two levels that a latent weight keeps from the middle between them at the start
 
@@ -53,21 +67,40 @@ class Product(torch.autograd.Function):
         return dx, None, torch.stack(dscales), doffsets, dW if ctx.needs_input_grad[4] else None, None
 
 
+class Rounding(torch.autograd.Function):
+    """Values rounded to 8 bits with the unit of each; the gradient passes as if they were not."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, unit: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Values of any sign: that of a scale belongs to its plane in the end."""
+        return nearest(values.abs(), unit, dtype) * values.sign()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of the arguments."""
+        return dy, None, None
+
+
 class Tunable(torch.nn.Module):
     """y = x W^T + bias with W [N, K] on the bcq grid; scales fp32 [b, N, G] and offsets fp32 [N, G] are parameters.
 
     W: the original weight fp32 [N, K] for codes that can be learned: `latent` starts as the weights nearest to it that have
     the codes of `packed`. Of a matrix at several precisions it is the highest, and nothing of it may be learned.
+
+    Where the layer has scales in 8 bits, products are those of the rounded scales and offsets, so that what is tuned and
+    compared is what a checkpoint will hold. Units grow with the largest value of their block and never shrink.
     """
 
     def __init__(
-        self, packed: Packed | Nested, K: int, layer: LayerConfig, bias: torch.nn.Parameter | None, W: torch.Tensor | None = None
+        self, packed: Stored, K: int, layer: LayerConfig, bias: torch.nn.Parameter | None, W: torch.Tensor | None = None
     ) -> None:
         super().__init__()
         self.K, self.layer = K, layer
         lower = packed.lower if isinstance(packed, Nested) else {}
         for name, tensor in lower.items():
             self.register_buffer(name, tensor)
+        for name in UNITS:
+            self.register_buffer(name, getattr(packed, name) if isinstance(packed, EightBit) else None)
         self.lower, packed = tuple(lower), highest(packed)
         self.register_buffer("codes", packed.codes)
         self.scales = torch.nn.Parameter(packed.scales.float())
@@ -101,9 +134,21 @@ class Tunable(torch.nn.Module):
         """The inverse of `_groups`."""
         return w.unflatten(-2, (self.codes.shape[1], -1)).flatten(-2)[..., : self.K]
 
+    def _units(self, part: str) -> torch.Tensor:
+        """Units of the `scales` or `offsets` as they are now: as before, or greater where a value has outgrown its unit."""
+        name, dtype = EIGHT_BIT[part]
+        return grown(getattr(self, name), getattr(self, part).detach(), dtype)
+
+    def _stored(self, part: str) -> torch.Tensor | None:
+        """Scales [b, N, G] or offsets [N, G] with which products are made, scales of any sign; None for no offsets."""
+        values = getattr(self, part)
+        if values is None or self.scale_units is None:
+            return values
+        return Rounding.apply(values, spread(self._units(part), *values.shape[-2:]), EIGHT_BIT[part][1])
+
     def _grids(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scales [b, N G] and offsets [N G] or None."""
-        return self.scales.flatten(1), None if self.offsets is None else self.offsets.flatten()
+        """Scales [b, N G] and offsets [N G] or None, as `_stored`."""
+        return self._stored("scales").flatten(1), None if self.offsets is None else self._stored("offsets").flatten()
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -115,21 +160,29 @@ class Tunable(torch.nn.Module):
         """Map x [..., K] to y [..., N]."""
         if self.latent is not None:
             self.follow()
-        y = Product.apply(x, self.codes, self.scales, self.offsets, self.latent, self.layer.group)
+        y = Product.apply(x, self.codes, self._stored("scales"), self._stored("offsets"), self.latent, self.layer.group)
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
-    def packed(self) -> Packed | Nested:
-        """The layer as a checkpoint holds it: scales fp16, non-negative and descending, the codes turned along."""
+    def packed(self) -> Stored:
+        """The layer as a checkpoint holds it: scales fp16, non-negative and, with 16 bits, descending; the codes turned along."""
         if self.lower:  # planes have an order of their own
             offsets = None if self.offsets is None else self.offsets.half()
             return Nested(Packed(self.codes, self.scales.half(), offsets), {name: self._buffers[name] for name in self.lower})
         b, N, _ = self.codes.shape
         scales, offsets = self._grids()
-        if self.latent is None:
+        if self.scale_units is not None:  # planes keep their order, each having units of its own
+            if self.latent is not None:
+                self.follow()
+            planes = self._groups(unpack_bits(self.codes, self.K)) ^ (scales < 0)[:, :, None]
+            fit = bcq.Bcq(planes, scales.abs(), offsets)
+        elif self.latent is None:
             fit = bcq.canonical(self._groups(unpack_bits(self.codes, self.K)), scales, offsets)
         else:
             scales, offsets = bcq.storable(scales, offsets)
             fit = bcq.Bcq(bcq.nearest(self._groups(self.latent), scales, offsets)[0], scales, offsets)
         codes = pack_bits(self._ungroup(fit.planes))
-        return Packed(codes, fit.scales.view(b, N, -1).half(), None if offsets is None else fit.offsets.view(N, -1).half())
+        packed = Packed(codes, fit.scales.view(b, N, -1).half(), None if offsets is None else fit.offsets.view(N, -1).half())
+        if self.scale_units is None:
+            return packed
+        return EightBit(packed, self._units("scales"), None if offsets is None else self._units("offsets"))

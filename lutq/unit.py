@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from lutq.config import LayerConfig, QuantConfig
 from lutq.latency import Product, Times
-from lutq.pack import packed_shapes
+from lutq.pack import stored_shapes
 from lutq.prepack import PANEL
 
 
@@ -47,7 +47,8 @@ class Unit(NamedTuple):
 
     def products(self, choice: Choice) -> list[Product]:
         """What multiplies one row of x: one product for all layers, or one each."""
-        layer, shapes = self.layer._replace(bits=choice.bits, group=choice.group), self.shapes
+        # kernels see scales of 16 bits whatever is stored
+        layer, shapes = self.layer._replace(bits=choice.bits, group=choice.group, scale_bits=16), self.shapes
         if self.fused and all(N % PANEL == 0 for N, _ in shapes[:-1]):
             shapes = ((sum(N for N, _ in shapes), shapes[0][1]),)
         return [Product(N, K, layer) for N, K in shapes]
@@ -63,7 +64,7 @@ def make_unit(
     """A unit that may have any of some pairs of bits and group."""
 
     def size(bits: int, group: int) -> int:
-        parts = [packed_shapes(N, K, layer._replace(bits=bits, group=group)).values() for N, K in shapes]
+        parts = [stored_shapes(N, K, layer._replace(bits=bits, group=group)).values() for N, K in shapes]
         return sum(8 * math.prod(shape) * dtype.itemsize for part in parts for shape, dtype in part)
 
     return Unit(tuple(names), tuple(shapes), layer, tuple(Choice(*pair, size(*pair)) for pair in pairs), fused)

@@ -28,6 +28,7 @@ MODELS = {
 QUANTIZED = {
     "plain": None,
     "bcq": QuantConfig(bits=3, group=64, iterations=2),
+    "eight": QuantConfig(bits=3, group=64, iterations=2, scale_bits=8),
     "rows": QuantConfig(bits=3, group=0, offsets=False, iterations=2),
     "rtn": QuantConfig(bits=4, group=128, method="rtn", head_bits=4),
 }

@@ -33,6 +33,8 @@ STAGES = {
         "distill": 1,
         "overrides": {"layers\\.0\\..*[qk]_proj$": {"skip": True}, "(fc2|down_proj)$": {"bits": 4, "group": 0}},
     },
+    "scales in 8 bits": {"refine": 1, "scale_bits": 8},
+    "scales in 8 bits, distill with flips": {"distill": 1, "flips": True, "scale_bits": 8, "offsets": False},
     "alternating, distill": {"method": "alternating", "distill": 1, "head_bits": 4},
 }
 
@@ -129,7 +131,7 @@ class Crash(BaseException):
 
 @pytest.mark.parametrize(("family", "flips"), [("opt", False), ("llama", True)])
 def test_interrupted_anywhere_goes_on_bit_for_bit(tiny, family, flips, tmp_path):
-    config = QuantConfig(**SMALL | {"refine": 1, "distill": 2, "flips": flips})
+    config = QuantConfig(**SMALL | {"refine": 1, "distill": 2, "flips": flips, "scale_bits": 8 if flips else 16})
     quantize_checkpoint(tiny(family), tmp_path / "whole", config, device="cpu")
     whole = contents(tmp_path / "whole")
     done = 0

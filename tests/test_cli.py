@@ -42,6 +42,7 @@ FLAGS = {
         *("--scaling", "--no-scaling"),
         *("--calib", "--calib-windows", "--calib-length", "--seed", "--damping", "--rounds", "--sweeps"),
         *("--refine", "--distill", "--flips", "--no-flips", "--rate", "--target-bpw", "--target-ms", "--groups", "--lowest-bits"),
+        "--scale-bits",
     ],
     "generate": [
         *("prompt", "--model", "--file", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty"),
@@ -286,7 +287,7 @@ def test_bad_settings_of_quantize(lutq_command, tmp_path, flags):
         ('bits = "3"', "bits must be of type int"),
         ("group = 40", "multiple of 32"),
         ('[overrides."("]\nbits = 4', "not a regular expression"),
-        ('[overrides."fc1"]\nbit = 4', "takes the keys bits, group and skip"),
+        ('[overrides."fc1"]\nbit = 4', "takes the keys bits, group, scale_bits and skip"),
         ('[overrides."no_such_layer"]\nbits = 4', "matches no Linear layer"),
         ('[overrides."."]\nskip = true', "skip every Linear layer"),
         ("overrides = 3", "overrides must be of type dict"),
@@ -355,7 +356,7 @@ def edit_header(file, text):
 
 def newer(folder):
     config = json.loads((folder / "config.json").read_text())
-    edit_config(folder, quantization_config=config["quantization_config"] | {"format_version": 2})
+    edit_config(folder, quantization_config=config["quantization_config"] | {"format_version": 3})
 
 
 def without(folder, part):
@@ -459,7 +460,7 @@ def test_newer_format(lutq_command, packed, tmp_path, verb):
     shutil.copytree(packed, tmp_path / "model")
     newer(tmp_path / "model")
     message = one_sentence(lutq_command(*(word.replace("MODEL", "model") for word in VERBS[verb])), verb)
-    assert "format version 2" in message, f"{verb=} {message}"
+    assert "format version 3" in message, f"{verb=} {message}"
     assert "pip install --upgrade lutq" in message, f"{verb=} {message}"
 
 

@@ -164,7 +164,7 @@ LAYER = "model.decoder.layers.0.fc1"
 
 # name -> (what to change in quantization_config, what the message must say)
 CONFIG_DAMAGES = {
-    "newer format": (lambda c: c.update(format_version=2), "format version 2.*pip install --upgrade lutq"),
+    "newer format": (lambda c: c.update(format_version=3), "format version 3.*pip install --upgrade lutq"),
     "unknown field": (lambda c: c.update(rotation="hadamard"), "rotation.*pip install --upgrade lutq"),
     "unknown layer field": (lambda c: c["modules"][LAYER].update(residual=1), "residual"),
     "missing layer field": (lambda c: c["modules"][LAYER].pop("bits"), "bits"),

@@ -42,7 +42,7 @@ from lutq.parallel.split import Part, check_split, part_layer, part_of, share
 
 CPU = torch.device("cpu")
 CASES = [(name, how, world) for name in MODELS for how in ("plain", "bcq") for world in (2, 4)]
-CASES += [("llama", "rows", 4), ("llama-tied", "rtn", 4)]
+CASES += [("llama", "rows", 4), ("llama-tied", "rtn", 4), ("llama", "eight", 2), ("llama", "eight", 4)]
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +211,9 @@ def test_what_several_processes_cannot_share(tiny):
         load_part(tiny("opt-postnorm"), Ranks(0, 2), CPU, torch.float32)
 
 
-def test_parts_are_the_columns_of_the_whole(checkpoint):
-    path, name = checkpoint("llama", "bcq"), "model.layers.1.mlp.down_proj"
+@pytest.mark.parametrize("how", ["bcq", "eight"])
+def test_parts_are_the_columns_of_the_whole(checkpoint, how):
+    path, name = checkpoint("llama", how), "model.layers.1.mlp.down_proj"
     whole = load(path, device="cpu").get_submodule(name).dequantize()
     for rank in range(4):
         module = load_part(path, Ranks(rank, 4), CPU, torch.float32).get_submodule(name)

@@ -17,10 +17,11 @@ from lutq.config import LayerConfig
 from lutq.decode.shape import RefusedError, shape_of
 from lutq.errors import LutqError
 from lutq.linear import LutLinear
-from lutq.pack import Packed, words
+from lutq.pack import EIGHT_BIT, Packed, group_size, words
 from lutq.parallel.ranks import Ranks
 from lutq.parallel.split import WORD, Part, check_split, split_linears, tie_head
 from lutq.runtime import dtype_name, out_of_memory
+from lutq.scales import BLOCK, decode
 from lutq.source import Source, load_bin, load_config, open_safetensors, read_json, tensor_specs
 from lutq.structure import match_tensors, read_structure, skeleton
 
@@ -65,11 +66,22 @@ def regroup(tensor: torch.Tensor, part: Part, old: int, new: int) -> torch.Tenso
     return tensor.repeat_interleave(old // new, -1)[..., first : first + -(-part.inputs // new)].contiguous()
 
 
+def part_units(units: torch.Tensor, index: tuple[slice, ...], G: int) -> torch.Tensor:
+    """The units of a part's scales or offsets, in their shape, of all units of a layer with G groups (lutq/scales.py)."""
+    *_, rows, groups = index
+    each = units.repeat_interleave(BLOCK, -1)
+    return each[..., rows.start * G : rows.stop * G].unflatten(-1, (-1, G))[..., groups]
+
+
 def fill_packed(module: LutLinear, owner: str, part: Part, layer: LayerConfig, K: int, read: Read, device: torch.device) -> None:
     """Give a layer the canonical tensors of a part of the layer `owner`, which has these settings and K inputs."""
     for name in Packed._fields:
         if module._buffers[name] is not None:
-            tensor = read(f"{owner}.{name}", packed_index(part, name, layer, K))
+            index = packed_index(part, name, layer, K)
+            tensor = read(f"{owner}.{name}", index)
+            if layer.scale_bits == 8 and name in EIGHT_BIT:  # the share of a block of scales has no units of its own
+                units = read(f"{owner}.{EIGHT_BIT[name][0]}", (ALL,))
+                tensor = decode(tensor, part_units(units, index, -(-K // group_size(layer.group, K))))
             if name != "codes":
                 tensor = regroup(tensor, part, layer.group, module.layer.group)
             module._buffers[name] = tensor.to(device)

@@ -72,7 +72,8 @@ def part_of(name: str, N: int, K: int, shape: Shape, rank: int) -> Part:
 
 
 def part_layer(layer: LayerConfig, part: Part, K: int) -> LayerConfig:
-    """The settings of a part of a packed layer of K inputs: its groups may be smaller."""
+    """The settings of a part of a packed layer of K inputs: its groups may be smaller, its scales have 16 bits."""
+    layer = layer._replace(scale_bits=16)
     if part.inputs == K or layer.group == 0:
         return layer
     return layer._replace(group=math.gcd(part.inputs, layer.group))
