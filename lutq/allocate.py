@@ -20,7 +20,7 @@ from lutq.config import LayerConfig, QuantConfig
 from lutq.errors import LutqError
 from lutq.fit import solve_layer
 from lutq.hessian import accumulate, damp
-from lutq.pack import dequantize, packed_shapes
+from lutq.pack import packed_shapes, weight
 from lutq.refine import divergence
 from lutq.runtime import progress_interval
 from lutq.source import Source
@@ -114,7 +114,7 @@ def measure_unit(
         for linear, W, (_, layer) in zip(linears, originals, taken, strict=True):
             tried = layer._replace(bits=bits)
             packed, _, _ = solve_layer(W, H, tried, config)
-            linear.weight.data = dequantize(*packed, tried.group, tried.grid, K)
+            linear.weight.data = weight(packed, tried, K)
             size += sum(
                 8 * torch.Size(shape).numel() * dtype.itemsize for shape, dtype in packed_shapes(*W.shape, tried).values()
             )

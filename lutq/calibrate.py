@@ -27,7 +27,7 @@ from lutq.errors import LutqError
 from lutq.fit import solve_layer
 from lutq.hessian import accumulate, damp
 from lutq.journal import Journal, fingerprint
-from lutq.pack import PARTS, Nested, Packed, from_tensors, highest, to_tensors
+from lutq.pack import PARTS, Form, from_tensors, highest, to_tensors
 from lutq.refine import Tuner, block_error, divergence
 from lutq.report import CalibrationReport
 from lutq.runtime import progress_interval
@@ -47,14 +47,14 @@ class Calibrated:
     text in words.
     """
 
-    packed: dict[str, Packed | Nested] = dataclasses.field(default_factory=dict)
+    packed: dict[str, Form] = dataclasses.field(default_factory=dict)
     vectors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     scales: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     distilled: tuple[float, float] | None = None
     text: str = ""
 
-    def layer(self, name: str, device: torch.device) -> Packed | Nested | None:
+    def layer(self, name: str, device: torch.device) -> Form | None:
         """A quantized layer on `device`; None for one that calibration left to its plain fit."""
         packed = self.packed.get(name)
         return packed and from_tensors({part: tensor.to(device) for part, tensor in to_tensors(packed).items()})

@@ -110,7 +110,7 @@ def convert_checkpoint(
             )
             beside = {
                 "guard": guard,
-                "modules": {figures.name: figures.layer._asdict() for figures in report.layers},
+                "modules": {figures.name: figures.layer.to_dict() for figures in report.layers},
                 "settings": {"method": "convert", "converted": quantization},
             }
             beside |= {"ordered": report.ordered} if report.ordered else {}

@@ -22,7 +22,7 @@ from lutq.errors import LutqError
 from lutq.linear import LutLinear
 from lutq.ops import choose_backend
 from lutq.ordered import OrderedLinear
-from lutq.pack import LOWER, Packed, lower_shapes
+from lutq.pack import LOWER, OWN, lower_shapes
 from lutq.parallel.load import load_part
 from lutq.parallel.ranks import current
 from lutq.precisions import choose, contents, state_dict
@@ -81,7 +81,9 @@ class LutqConfig(QuantizationConfigMixin):
             where = f"quantization_config.modules.{name}"
             check_bits(layer.bits, f"{where}.bits")
             check_group(layer.group, f"{where}.group")
-            if layer.grid not in ("bcq", "uniform") or type(layer.offsets) is not bool:
+            counts = (layer.outliers, layer.rank)
+            known = layer.grid in ("bcq", "uniform") and type(layer.offsets) is bool
+            if not known or any(type(count) is not int or count < 0 for count in counts):
                 raise LutqError(f"{where} has values this version does not know: {layer._asdict()}: pip install --upgrade lutq")
         found = {layer.bits for layer in layers.values()}
         if self.lowest_bits and not (type(self.lowest_bits) is int and len(found) == 1 and 0 < self.lowest_bits < max(found)):
@@ -94,7 +96,7 @@ class LutqConfig(QuantizationConfigMixin):
     def at(self, bits: int | None) -> "LutqConfig":
         """The config of an ordinary model of `bits` bits, or None for all that each layer has."""
         layers = self.layers()
-        modules = {name: (layer._replace(bits=bits) if bits else layer)._asdict() for name, layer in layers.items()}
+        modules = {name: (layer._replace(bits=bits) if bits else layer).to_dict() for name, layer in layers.items()}
         return LutqConfig(**self.to_dict() | {"modules": modules, "lowest_bits": 0})
 
 
@@ -176,7 +178,7 @@ def check_tensors(model: torch.nn.Module, quantization: LutqConfig, files: list[
     wanted = {}
     for key, shape in shapes.items():
         if key not in tied:
-            packed = key.rpartition(".")[2] in (*Packed._fields, "input_order")
+            packed = key.rpartition(".")[2] in (*OWN, "input_order")
             wanted[key] = Spec(shape, state[key].dtype if packed or key not in found else found[key].dtype)
     for name, layer in quantization.layers().items():
         module = model.get_submodule(name)
@@ -316,7 +318,7 @@ def model_bytes(path: Path, dtype: torch.dtype, layers: dict[str, LayerConfig] |
     total = 0
     for file in files:
         for key, (_, spec) in contents(tensor_specs(file), layers or {}, bits).items():
-            packed = key.rpartition(".")[2] in Packed._fields
+            packed = key.rpartition(".")[2] in OWN
             total += spec.nbytes if packed else Spec(spec.shape, dtype).nbytes
     return total
 

@@ -12,12 +12,14 @@ import torch
 from lutq.config import LayerConfig
 from lutq.errors import LutqError
 from lutq.ops import choose_backend, working_backend
-from lutq.pack import Packed, dequantize, packed_shapes
+from lutq.pack import OWN, Corrected, Packed, packed_shapes, weight
+from lutq.residual import Residual, product
 
 
 class LutLinear(torch.nn.Module):
     """y = x W^T + bias with W [N, K] packed as in lutq/pack.py; x [..., K] in fp16, bf16 or fp32.
 
+    What corrects the planes (lutq/residual.py), if anything does, is added by ordinary operations, whatever the backend.
     The packed tensors are buffers and keep their dtype when the module is moved or cast; only `bias` follows a cast.
     K and N are called `in_features` and `out_features`, as in nn.Linear.
     """
@@ -35,7 +37,7 @@ class LutLinear(torch.nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.layer, self.wide, self._backend = layer, False, "auto"
         shapes = packed_shapes(out_features, in_features, layer)
-        for name in Packed._fields:
+        for name in OWN:
             tensor = None
             if name in shapes:
                 shape, dtype = shapes[name]
@@ -46,11 +48,18 @@ class LutLinear(torch.nn.Module):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_packed(cls, packed: Packed, in_features: int, layer: LayerConfig, bias: torch.Tensor | None = None) -> "LutLinear":
-        """A layer that holds `packed`, of `in_features` inputs."""
+    def from_packed(
+        cls,
+        packed: Packed,
+        in_features: int,
+        layer: LayerConfig,
+        bias: torch.Tensor | None = None,
+        residual: Residual = Residual(),  # noqa: B008, immutable
+    ) -> "LutLinear":
+        """A layer that holds `packed` and `residual`, of `in_features` inputs."""
         parameter = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         module = cls(in_features, packed.codes.shape[1], layer, parameter, device="meta")
-        for name, tensor in packed._asdict().items():
+        for name, tensor in (packed._asdict() | residual._asdict()).items():
             setattr(module, name, tensor)
         return module
 
@@ -70,8 +79,13 @@ class LutLinear(torch.nn.Module):
             raise LutqError(f"x has {x.shape[-1]} features and this layer takes {self.in_features}: check the model's config")
         if self.kernel_codes is None and not torch.compiler.is_compiling():
             self.prepack()
+        y = self._multiply(x)
+        return (y + product(x, self.residual)).to(y.dtype) if self.layer.corrected else y
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with the planes, and the bias."""
         if self.kernel_codes is not None:
-            bits, group, grid, offsets = self.layer
+            bits, group, grid, offsets = self.layer[:4]
             tensors = (self.kernel_codes, self.kernel_records, self.bias)
             return torch.ops.lutq.linear_prepacked(x, *tensors, self.out_features, bits, group, grid, offsets, self.wide)
         tensors = (self.codes, self.scales, self.offsets, self.zero_points, self.bias)
@@ -114,6 +128,11 @@ class LutLinear(torch.nn.Module):
         codes = unpack_codes(self.kernel_codes, self.out_features, self.in_features, self.layer.grid)
         return Packed(codes, **records)
 
+    @property
+    def residual(self) -> Residual:
+        """The corrections; without any tensor where the layer has none."""
+        return Residual(*(self._buffers[name] for name in Residual._fields))
+
     def unpack(self) -> None:
         """Leave the kernel order: the canonical tensors are buffers again."""
         if self.kernel_codes is not None:
@@ -123,7 +142,7 @@ class LutLinear(torch.nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as `dtype` [N, K]."""
-        return dequantize(*self.packed(), self.layer.group, self.layer.grid, self.in_features, dtype)
+        return weight(Corrected(self.packed(), self.residual), self.layer, self.in_features, dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -136,7 +155,7 @@ class LutLinear(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        settings = ", ".join(f"{key}={value}" for key, value in self.layer._asdict().items())
+        settings = ", ".join(f"{key}={value}" for key, value in self.layer.to_dict().items())
         return f"{self.in_features}, {self.out_features}, {settings}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

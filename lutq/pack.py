@@ -12,6 +12,8 @@ With G = ceil(K/g) groups of g inputs (the last may be short):
 An any-precision checkpoint serves several precisions with the same codes: the first b planes are the model of b bits, whose
 grid is `scales_{b}bit` [b, N, G] and `offsets_{b}bit` [N, G]; that of all planes has the ordinary names.
 
+Corrections beside the planes (lutq/residual.py) add `outlier_values`, `outlier_columns`, `low_rank_left` and `low_rank_right`.
+
 The form knows no kernel: kernels reorder it at load. All arithmetic here is fp32, and the uniform grid is exact in it.
 """
 
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from lutq.config import LayerConfig
+from lutq.residual import Residual, add_to, residual_shapes
 
 CHUNK = 1 << 22  # weights unpacked at a time: bounds the temporary memory to about 50 MB
 
@@ -49,9 +52,26 @@ class Nested(NamedTuple):
         )
 
 
-def highest(packed: Packed | Nested) -> Packed:
-    """W at all its bits."""
-    return packed.highest if isinstance(packed, Nested) else packed
+class Corrected(NamedTuple):
+    """W as planes and what corrects them."""
+
+    packed: Packed
+    residual: Residual
+
+
+Form = Packed | Nested | Corrected
+
+
+def highest(form: Form) -> Packed:
+    """The planes of W, all of them."""
+    if isinstance(form, Nested):
+        return form.highest
+    return form.packed if isinstance(form, Corrected) else form
+
+
+def residual_of(form: Form) -> Residual:
+    """The corrections of W; without any tensor where it has none."""
+    return form.residual if isinstance(form, Corrected) else Residual()
 
 
 def lower_name(part: str, bits: int) -> str:
@@ -60,20 +80,32 @@ def lower_name(part: str, bits: int) -> str:
 
 
 LOWER = tuple(lower_name(part, bits) for bits in (1, 2, 3) for part in ("scales", "offsets"))
-PARTS = Packed._fields + LOWER  # every tensor that can belong to a packed matrix
+OWN = Packed._fields + Residual._fields  # the tensors that a loaded layer holds; they keep their dtypes
+PARTS = OWN + LOWER  # every tensor that can belong to a packed matrix
 
 
-def to_tensors(packed: Packed | Nested) -> dict[str, torch.Tensor]:
+def to_tensors(form: Form) -> dict[str, torch.Tensor]:
     """Name -> tensor of everything that a checkpoint stores of a matrix."""
-    tensors = {name: tensor for name, tensor in highest(packed)._asdict().items() if tensor is not None}
-    return tensors | packed.lower if isinstance(packed, Nested) else tensors
+    parts = highest(form)._asdict() | residual_of(form)._asdict()
+    tensors = {name: tensor for name, tensor in parts.items() if tensor is not None}
+    return tensors | form.lower if isinstance(form, Nested) else tensors
 
 
-def from_tensors(tensors: dict[str, torch.Tensor]) -> Packed | Nested:
+def from_tensors(tensors: dict[str, torch.Tensor]) -> Form:
     """The inverse of `to_tensors`; other names are ignored."""
     packed = Packed(**{name: tensors[name] for name in Packed._fields if name in tensors})
+    residual = {name: tensors[name] for name in Residual._fields if name in tensors}
+    if residual:
+        return Corrected(packed, Residual(**residual))
     lower = {name: tensors[name] for name in LOWER if name in tensors}
     return Nested(packed, lower) if lower else packed
+
+
+def weight(form: Form, layer: LayerConfig, K: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """W as `dtype` [N, K] with everything that belongs to it, corrections included; rounded once."""
+    if not layer.corrected:
+        return dequantize(*highest(form), layer.group, layer.grid, K, dtype)
+    return add_to(dequantize(*highest(form), layer.group, layer.grid, K), residual_of(form)).to(dtype)
 
 
 def words(K: int) -> int:
@@ -96,7 +128,7 @@ def packed_shapes(N: int, K: int, layer: LayerConfig) -> dict[str, tuple]:
     }
     if layer.offsets:
         shapes |= {"offsets": ((N, G), torch.float16)} if bcq else {"zero_points": ((N, G), torch.uint8)}
-    return shapes
+    return shapes | residual_shapes(N, K, layer)
 
 
 def lower_shapes(N: int, K: int, layer: LayerConfig, lowest_bits: int) -> dict[str, tuple]:

@@ -23,7 +23,7 @@ from lutq.errors import LutqError
 from lutq.fit import CHUNK, fit
 from lutq.journal import NAME, Journal, StaleRunError, fingerprint
 from lutq.output import check_out, publish, write_beside
-from lutq.pack import dequantize, highest, to_tensors
+from lutq.pack import to_tensors, weight
 from lutq.plan import Plan, Unit, outputs, plan
 from lutq.report import LayerReport, Report, relative_error
 from lutq.runtime import (
@@ -228,7 +228,7 @@ def process(unit: Unit, tensor: torch.Tensor, job: Job, writer: ShardWriter, cal
         if W.abs().max() > LARGEST_SCALE:
             raise LutqError(f"{unit.key} has weights beyond the {LARGEST_SCALE:.0f} of fp16 scales: skip it with an override")
         packed = calibrated.layer(unit.name, job.device) or fit(W, unit.layer, job.config)
-        values = dequantize(*highest(packed), unit.layer.group, unit.layer.grid, W.shape[1])
+        values = weight(packed, unit.layer, W.shape[1])
         W = calibrated.fitted(unit.name, W)
         figures = {"error": squared_norm(W - values), "norm": squared_norm(W)}
     for part, content in to_tensors(packed).items():
@@ -254,7 +254,7 @@ def memory_advice(unit: Unit, device: torch.device) -> str:
 
 def finish(job: Job, report: Report) -> None:
     """Everything beside the weights."""
-    modules = {figures.name: figures.layer._asdict() for figures in report.layers}
+    modules = {figures.name: figures.layer.to_dict() for figures in report.layers}
     quantization = {
         "guard": job.todo.guard,
         **({"lowest_bits": job.config.lowest_bits} if job.config.lowest_bits else {}),

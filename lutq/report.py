@@ -74,15 +74,25 @@ class Report:
         shapes = [(layer.N, layer.K, layer.layer) for layer in self.layers]
         return {"serves": serving(shapes, self.config.lowest_bits)} if self.config.lowest_bits else {}
 
+    def corrections(self) -> dict[str, str]:
+        """What is stored beside the planes, as title -> words."""
+        from lutq.residual import costs
+
+        return costs((layer.N, layer.K, layer.layer) for layer in self.layers)
+
+    def counted(self) -> str:
+        """What bits per weight include besides codes."""
+        return "scales, offsets and corrections included" if self.corrections() else "scales and offsets included"
+
     def summary(self) -> str:
         """The table printed at the end of `lutq quantize`."""
         from lutq.runtime import size
 
         lines = [table(HEADER, rows(self.layers)), ""]
         lines += [
-            f"bits per weight   {bits_per_weight(self.layers):.3f} in the quantized layers, scales and offsets included; "
+            f"bits per weight   {bits_per_weight(self.layers):.3f} in the quantized layers, {self.counted()}; "
             f"{8 * self.bytes_after / self.parameters:.3f} in the whole model",
-            *(f"{title:16}  {words}" for title, words in self.precisions().items()),
+            *(f"{title:16}  {words}" for title, words in (self.corrections() | self.precisions()).items()),
             f"size              {size(self.bytes_before)} -> {size(self.bytes_after)}",
             f"relative error    {relative_error(self.layers):.4f} of the quantized weights (Frobenius)",
             *(f"{title:16}  {words}" for title, words in (self.calibration.figures() if self.calibration else {}).items()),
@@ -165,7 +175,7 @@ def relative_error(layers: Iterable[LayerReport]) -> float:
 
 
 def by_kind(layers: Iterable[LayerReport]) -> dict[tuple, list[LayerReport]]:
-    """(kind, bits, group, grid, offsets) -> layers, in order of appearance."""
+    """(kind, *settings) -> layers, in order of appearance."""
     kinds: dict[tuple, list[LayerReport]] = {}
     for layer in layers:
         kinds.setdefault((layer.kind, *layer.layer), []).append(layer)
@@ -176,7 +186,7 @@ def rows(layers: Iterable[LayerReport]) -> list[tuple[str, ...]]:
     """A row per kind of layer, bits and group, in order of appearance, and one for all."""
     layers = list(layers)
     result = []
-    for (kind, bits, group, _, _), members in by_kind(layers).items():
+    for (kind, bits, group, *_), members in by_kind(layers).items():
         figures = (f"{bits_per_weight(members):.3f}", f"{relative_error(members):.4f}")
         result.append((kind, str(len(members)), str(bits), str(group or "row"), *figures))
     result.append(("all", str(len(layers)), "", "", f"{bits_per_weight(layers):.3f}", f"{relative_error(layers):.4f}"))

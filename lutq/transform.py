@@ -154,11 +154,11 @@ def quantized(
     weights: list[torch.Tensor], H: torch.Tensor, s: torch.Tensor, layers: list[LayerConfig], config: QuantConfig
 ) -> list[torch.Tensor]:
     """What layers W [N, K] become when W diag(s) is quantized, divided by s again; H, s: second moments [K, K] and scales [K] of
-    the inputs. With `feedback` the fit is a quick one: the choice of s needs no more.
+    the inputs. The fit is without corrections and, with `feedback`, a quick one: the choice of s needs no more.
     """
     config = dataclasses.replace(config, lowest_bits=0, rounds=min(config.rounds, 1), sweeps=0)
     H = damp(H / (s[:, None] * s), config.damping).H
-    fits = [solve_layer(W * s, H, layer, config)[0] for W, layer in zip(weights, layers, strict=True)]
+    fits = [solve_layer(W * s, H, layer.bare(), config)[0] for W, layer in zip(weights, layers, strict=True)]
     return [dequantize(*fit, layer.group, layer.grid, len(s)) / s for fit, layer in zip(fits, layers, strict=True)]
 
 

@@ -57,7 +57,7 @@ def select(packed: Packed, rows: list[int]) -> Packed:
 
 def product(x: torch.Tensor, ready: Prepacked, N: int, layer: LayerConfig, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The result y [M, N], as LutLinear computes it."""
-    return torch.ops.lutq.linear_prepacked(x, ready.codes, ready.records, None, N, *layer, ready.wide, dtype)
+    return torch.ops.lutq.linear_prepacked(x, ready.codes, ready.records, None, N, *layer[:4], ready.wide, dtype)
 
 
 def check_product(packed: Packed, ready: Prepacked, x: torch.Tensor, layer: LayerConfig) -> float:
