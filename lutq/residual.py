@@ -108,7 +108,7 @@ def outlier_columns(W: torch.Tensor, g: int, r: int) -> torch.Tensor:
 
 def without_outliers(W: torch.Tensor, g: int, columns: torch.Tensor) -> torch.Tensor:
     """W fp32 [N, K] with the mean of the other weights of its group of g in place of every outlier."""
-    others = torch.ones_like(W, dtype=torch.bool).scatter_(1, columns, False)  # noqa: FBT003, the value to fill in
+    others = torch.ones_like(W, dtype=torch.bool).scatter_(1, columns, False)
     parts = []
     for w, other in zip(W.split(g, 1), others.split(g, 1), strict=True):
         mean = (w * other).sum(1, keepdim=True) / other.sum(1, keepdim=True).clamp(min=1)

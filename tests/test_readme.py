@@ -22,6 +22,7 @@ NO_DECODE = pytest.mark.skipif(not list((ROOT / "scripts" / "results").glob("dec
         ("perplexity_report", 2),
         ("quality_report", 1),
         ("precisions_report", 1),
+        ("residual_report", 1),
         ("kernel_report", 1),
         pytest.param("decode_report", 1, marks=NO_DECODE),
     ],
