@@ -13,7 +13,7 @@ from lutq.config import LayerConfig
 from lutq.errors import LutqError
 from lutq.ops import choose_backend, working_backend
 from lutq.pack import OWN, Corrected, Packed, packed_shapes, weight
-from lutq.residual import Residual, product
+from lutq.residual import NOTHING, Residual, product
 
 
 class LutLinear(torch.nn.Module):
@@ -54,7 +54,7 @@ class LutLinear(torch.nn.Module):
         in_features: int,
         layer: LayerConfig,
         bias: torch.Tensor | None = None,
-        residual: Residual = Residual(),  # noqa: B008, immutable
+        residual: Residual = NOTHING,
     ) -> "LutLinear":
         """A layer that holds `packed` and `residual`, of `in_features` inputs."""
         parameter = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)

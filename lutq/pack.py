@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from lutq.config import LayerConfig
-from lutq.residual import Residual, add_to, residual_shapes
+from lutq.residual import NOTHING, Residual, add_to, residual_shapes
 
 CHUNK = 1 << 22  # weights unpacked at a time: bounds the temporary memory to about 50 MB
 
@@ -71,7 +71,7 @@ def highest(form: Form) -> Packed:
 
 def residual_of(form: Form) -> Residual:
     """The corrections of W; without any tensor where it has none."""
-    return form.residual if isinstance(form, Corrected) else Residual()
+    return form.residual if isinstance(form, Corrected) else NOTHING
 
 
 def lower_name(part: str, bits: int) -> str:

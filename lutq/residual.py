@@ -41,6 +41,9 @@ class Residual(NamedTuple):
     low_rank_right: torch.Tensor | None = None
 
 
+NOTHING = Residual()
+
+
 def residual_shapes(N: int, K: int, layer: LayerConfig) -> dict[str, tuple]:
     """Tensor name -> (shape, dtype) of the corrections of W [N, K]."""
     shapes: dict[str, tuple] = {}

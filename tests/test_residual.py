@@ -279,6 +279,7 @@ def read(folder):
 def test_a_checkpoint_is_loaded_and_saved_bit_for_bit(file, tmp_path):
     out, report = file
     stored, model = read(out), lutq.load(out, device="cpu")
+    half = lutq.load(out, device="cpu", dtype="bfloat16").state_dict()
     model.save_pretrained(tmp_path / "again")
     again = read(tmp_path / "again")
     for layer in report.layers:
@@ -289,6 +290,8 @@ def test_a_checkpoint_is_loaded_and_saved_bit_for_bit(file, tmp_path):
             assert torch.equal(model.state_dict()[key], stored[key]), key
             assert model.state_dict()[key].dtype == stored[key].dtype, key
             assert torch.equal(again[key], stored[key]), key
+            assert torch.equal(half[key], stored[key]), key
+            assert half[key].dtype == stored[key].dtype, key
     assert lutq.hf.model_bytes(out, torch.float32, lutq.hf.check_checkpoint(out).layers()) == sum(
         tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values()
     )
