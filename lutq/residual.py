@@ -7,11 +7,11 @@
   did more than the sensitivities tried, error^2 H_kk of a fit and the gain (e H)_k^2 / H_kk of correcting one weight: errors at
   single places the feedback of lutq/solve.py makes up for, stretched grids it cannot. Every row has the same number, so that the
   product is a gather of dense shape without atomics.
-* A B takes the main directions out of W and then, fitted anew, out of what the planes left, both in the metric of the inputs H
-  (SLiM, arXiv 2410.09615; L2QER, arXiv 2402.02446).
+* A B takes the main directions out of W before its outliers are looked for, and is fitted anew to what the planes left, both in
+  the metric of the inputs H (SLiM, arXiv 2410.09615; L2QER, arXiv 2402.02446).
 
-V and A B are each the best for the other and the planes in the layer's output error, so they never raise it. Two sets of planes
-are tried, those of W as it is and those of W without its outliers and main directions, and the better one is kept: a corrected
+After the planes A B and then V are the best ones for all else, so they never raise the layer's output error. Two sets of planes
+are tried, those of W as it is and those of W without its main directions and outliers, and the better one is kept: a corrected
 layer has no larger error than one without corrections.
 
 Stored: `outlier_values` fp16 [N, r] and `outlier_columns` [N, r], int16 or, beyond 32768 inputs, int32, ascending in each row;
@@ -149,19 +149,23 @@ def low_rank(E: torch.Tensor, H: torch.Tensor | None, R: int) -> tuple[torch.Ten
     return U * size, B / size[:, None]
 
 
-def correct(E: torch.Tensor, H: torch.Tensor | None, columns: torch.Tensor | None, layer: LayerConfig) -> Residual:
-    """Corrections of E fp32 [N, K], what the planes left of W, as stored: outliers at columns [N, r] or None."""
-    K = E.shape[1]
+def correct(
+    E: torch.Tensor, H: torch.Tensor | None, columns: torch.Tensor | None, layer: LayerConfig, common: torch.Tensor
+) -> Residual:
+    """Corrections of E fp32 [N, K], what the planes left of W, as stored: outliers at columns [N, r] or None.
+
+    common [N, K]: about what A B will be. Without it V would first take from A B what it can.
+    """
     values = left = right = None
     if layer.rank:
-        rest = E
+        V = torch.zeros_like(E)
         if columns is not None:
-            rest = E.scatter_add(1, columns, -outlier_values(E, H, columns))
-        left, right = (factor.half() for factor in low_rank(rest, H, layer.rank))
+            V.scatter_(1, columns, outlier_values(E - common, H, columns))
+        left, right = (factor.half() for factor in low_rank(E - V, H, layer.rank))
         E = E - left.float() @ right.float()
     if columns is not None:
         values = outlier_values(E, H, columns).half()
-        columns = columns.to(torch.int16 if K <= SHORT else torch.int32)
+        columns = columns.to(torch.int16 if E.shape[1] <= SHORT else torch.int32)
     return Residual(values, columns, left, right)
 
 
@@ -182,15 +186,18 @@ def fit_corrected(
 
     g: inputs of a group. H: second moments [K, K] of the inputs, or None. fit: a matrix -> its planes; dense: those as a matrix.
     """
-    columns = outlier_columns(W, g, layer.outliers) if layer.outliers else None
-    target = W if columns is None else without_outliers(W, g, columns)
+    common = torch.zeros_like(W)
     if layer.rank:
-        left, right = low_rank(target, H, layer.rank)
-        target = target - left @ right
+        left, right = low_rank(W, H, layer.rank)
+        common = left @ right
+    target, columns = W - common, None
+    if layer.outliers:
+        columns = outlier_columns(target, g, layer.outliers)
+        target = without_outliers(target, g, columns)
     tries = []
-    for planes in (fit(W), fit(target)):
+    for planes, start in ((fit(W), torch.zeros_like(W)), (fit(target), common)):
         E = W - dense(planes)
-        residual = correct(E, H, columns, layer)
-        tries.append((squared_error(add_to(torch.zeros_like(E), residual) - E, H), planes, residual))
+        residual = correct(E, H, columns, layer, start)
+        tries.append((squared_error(add_to(-E, residual), H), planes, residual))
     _, planes, residual = min(tries, key=lambda one: one[0])
     return planes, residual

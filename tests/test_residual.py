@@ -199,6 +199,26 @@ def test_the_error_is_never_larger_than_without(method, outliers, rank, scale_bi
         ), about
 
 
+def test_both_corrections_find_what_was_put_in():
+    """A matrix that planes hold badly because of main directions and outliers: both together do far better than one alone."""
+    for N, K in ((64, 128), (48, 100)):
+        W, H = gaussian(N, K), problem(N, K)[1]
+        W += 3 * gaussian(N, 2, seed=4) @ gaussian(2, K, seed=5)
+        places = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(n))[:2] for n in range(N)])
+        W.scatter_add_(1, places, torch.full((N, 2), 25.0))
+        config = QuantConfig(bits=2, group=64, method="feedback", **SMALL)
+        for metric in (H, None):
+            errors = {}
+            for counts in ((0, 0), (2, 0), (0, 2), (2, 2)):
+                layer = LayerConfig(2, 64, outliers=counts[0], rank=counts[1])
+                alternating = QuantConfig(bits=2, group=64)
+                form = fit(W, layer, alternating) if metric is None else solve_layer(W, metric, layer, config)[0]
+                errors[counts] = squared(W - weight(form, layer, K), metric)
+            about = f"{N=} {K=} metric {metric is not None} {errors=}"
+            assert errors[2, 2] < 0.5 * min(errors[2, 0], errors[0, 2]), about
+            assert max(errors[2, 0], errors[0, 2]) < errors[0, 0], about
+
+
 def test_wide_layers_have_wider_columns():
     for K, dtype in ((32768, torch.int16), (32769, torch.int32)):
         W = torch.zeros(1, K)
