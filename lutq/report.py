@@ -194,7 +194,7 @@ def eight_bit(layers: Iterable[LayerReport]) -> dict[str, str]:
         return {}
 
     def nbytes(shapes: Callable[[int, int, LayerConfig], dict[str, tuple]]) -> int:
-        return sum(Spec(*spec).nbytes for layer in chosen for spec in shapes(layer.N, layer.K, layer.layer).values())
+        return sum(Spec(*spec).nbytes for layer in chosen for spec in shapes(layer.N, layer.K, layer.layer.bare()).values())
 
     saved = 8 * (nbytes(packed_shapes) - nbytes(stored_shapes)) / sum(layer.N * layer.K for layer in layers)
     where = "" if len(chosen) == len(layers) else f" in {len(chosen)} of {len(layers)} layers"

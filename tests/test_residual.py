@@ -348,6 +348,7 @@ def test_everything_is_counted(file, tiny):
         assert f"{total:.3f}" in text, f"{total=} {text}"
         for title, prefix in (("outliers", "outlier_"), ("low rank", "low_rank_")):
             bits = 8 * sum(tensor.nbytes for key, tensor in stored.items() if f".{prefix}" in key) / weights
+            assert "saves -" not in text, f"corrections are no part of what 8 bits save: {text}"
             lines = [line for line in text.splitlines() if title in line and "in fp16 beside the planes" in line]
             assert len(lines) == (bits > 0), f"{title} {text}"
             assert not lines or f"{bits:.3f} bits per weight" in lines[0], f"{bits=} {lines}"
