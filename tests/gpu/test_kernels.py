@@ -69,7 +69,7 @@ class Layer:
 
     def __call__(self, x, bias=None, dtype=torch.float32):
         codes, records, wide = self.ready
-        return torch.ops.lutq.linear_prepacked(x, codes, records, bias, self.N, *self.layer, wide, dtype=dtype)
+        return torch.ops.lutq.linear_prepacked(x, codes, records, bias, self.N, *self.layer[:4], wide, dtype=dtype)
 
     def reference(self, x, bias=None):
         y = x.double() @ self.W.T
