@@ -81,11 +81,11 @@ def units_of(walk: Blocks, hidden: torch.Tensor, inside: dict[str, LayerConfig],
     for i in range(len(walk)):
         for stage in input_stages(walk, i, hidden):
             names = [f"{walk.name(i)}.{name}" for name in stage]
-            alike: dict[tuple[tuple[int, int], ...], list[str]] = {}
+            alike: dict[tuple[tuple[tuple[int, int], ...], int], list[str]] = {}
             for name in names:
                 if name in inside:
-                    alike.setdefault(pairs_of(name, inside[name], config), []).append(name)
-            for pairs, members in alike.items():
+                    alike.setdefault((pairs_of(name, inside[name], config), inside[name].scale_bits), []).append(name)
+            for (pairs, _), members in alike.items():
                 shapes = [tuple(walk.model.get_submodule(name).weight.shape) for name in members]
                 yield make_unit(members, shapes, inside[members[0]], pairs, joins and members == names)
 

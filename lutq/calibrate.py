@@ -27,7 +27,7 @@ from lutq.errors import LutqError
 from lutq.fit import solve_layer
 from lutq.hessian import accumulate, damp
 from lutq.journal import Journal, fingerprint
-from lutq.pack import PARTS, EightBit, Stored, from_tensors, highest, to_tensors
+from lutq.pack import PARTS, EightBit, Stored, bare, from_tensors, highest, to_tensors
 from lutq.refine import Tuner, block_error, divergence
 from lutq.report import CalibrationReport
 from lutq.runtime import progress_interval
@@ -208,10 +208,10 @@ def store_rounded(module: torch.nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, Tunable):
             stored = layer.packed()
-            packed = highest(stored)
+            packed, planes = highest(stored), bare(stored)
             layer.codes = packed.codes
-            if isinstance(stored, EightBit):
-                layer.scale_units, layer.offset_units = stored.scale_units, stored.offset_units
+            if isinstance(planes, EightBit):
+                layer.scale_units, layer.offset_units = planes.scale_units, planes.offset_units
             layer.scales.copy_(packed.scales)
             if layer.offsets is not None:
                 layer.offsets.copy_(packed.offsets)

@@ -30,6 +30,7 @@ def model_card(report: Report) -> str:
     )
     precisions = "".join(f"\n* {title} {words}" for title, words in (report.precisions() | report.times()).items())
     scales = "".join(f"\n* {title} {words}" for title, words in eight_bit(report.layers).items())
+    corrections = "".join(f"\n* {title}: {words}" for title, words in report.corrections().items())
     return f"""---
 base_model: {report.source}
 library_name: transformers
@@ -55,8 +56,8 @@ not load: transformers stops at a size mismatch of a tensor that is empty on pur
 
 {markdown_table(HEADER, rows(report.layers))}
 
-* bits per weight: {bits_per_weight(report.layers):.3f} in the quantized layers, scales and offsets included;
-  {8 * report.bytes_after / report.parameters:.3f} in the whole model{precisions}{scales}
+* bits per weight: {bits_per_weight(report.layers):.3f} in the quantized layers, {report.counted()};
+  {8 * report.bytes_after / report.parameters:.3f} in the whole model{corrections}{precisions}{scales}
 * size: {size(report.bytes_before)} before, {size(report.bytes_after)} after
 * relative error of the quantized weights (Frobenius): {relative_error(report.layers):.4f}{calibration}
 * Linear layers kept as they are: {len(report.kept)}{" (" + shorten(report.kept) + ")" if report.kept else ""}

@@ -121,6 +121,10 @@ def quantize(
     damping: Annotated[Optional[float], setting("damping", "feedback: part of the mean added to a Hessian's diagonal.")] = None,
     rounds: Annotated[Optional[int], setting("rounds", "feedback: refits of each group's grid.")] = None,
     sweeps: Annotated[Optional[int], setting("sweeps", "feedback: sweeps of coordinate descent at the end.")] = None,
+    outliers: Annotated[
+        Optional[float], setting("outliers", "Percent of the weights corrected in fp16 beside the planes.")
+    ] = None,
+    low_rank: Annotated[Optional[int], setting("low_rank", "Rank of a correction by two thin fp16 matrices.")] = None,
     refine: Annotated[Optional[int], setting("refine", "Passes over the windows that tune each block's scales.")] = None,
     distill: Annotated[Optional[int], setting("distill", "Passes over the windows that tune all scales end to end.")] = None,
     flips: Annotated[Optional[bool], setting("flips", "refine and distill learn the codes too.", "--flips/--no-flips")] = None,

@@ -25,15 +25,17 @@ from lutq.paths import shipped
 METHODS = ("rtn", "greedy", "alternating", "feedback")
 STARTS = ("range", "uniform", "greedy", "best")
 KEEP_BITS = 16  # head_bits that leaves the output head as it is
-FORMAT_VERSION = 1  # of a checkpoint whose scales have 16 bits
-EIGHT_BIT_VERSION = 2  # where some have 8: a lutq that knows version 1 alone refuses it
+MOST_OUTLIERS = 3.0  # percent; each takes 32 bits
+FORMAT_VERSION = 1  # of a checkpoint that every lutq reads
+LATER_VERSION = 2  # where layers have scales in 8 bits or corrections: a lutq that knows version 1 alone refuses it
 
 
 class LayerConfig(NamedTuple):
     """How one Linear layer is stored, as a checkpoint's `quantization_config.modules` says for each.
 
     group: 0 is one group for the whole row. grid: `bcq` or `uniform`. offsets: every group has an offset, stored as
-    `offsets` (bcq) or `zero_points` (uniform). scale_bits: of each scale and offset, 16 or 8 (lutq/scales.py).
+    `offsets` (bcq) or `zero_points` (uniform). scale_bits: of each scale and offset, 16 or 8 (lutq/scales.py). outliers: weights
+    of each row that are corrected beside the planes, and rank: of the low-rank correction (lutq/residual.py).
     """
 
     bits: int
@@ -41,13 +43,25 @@ class LayerConfig(NamedTuple):
     grid: str = "bcq"
     offsets: bool = True
     scale_bits: int = 16
+    outliers: int = 0
+    rank: int = 0
+
+    @property
+    def corrected(self) -> bool:
+        """Whether there is anything beside the planes."""
+        return self.outliers > 0 or self.rank > 0
+
+    def bare(self) -> "LayerConfig":
+        """The layer without corrections."""
+        return self._replace(outliers=0, rank=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `quantization_config.modules` has it; scale_bits only where they are not 16, since version 1 does not know them."""
-        fields = self._asdict()
-        if self.scale_bits == 16:
-            del fields["scale_bits"]
-        return fields
+        """As `quantization_config.modules` has it: what version 1 does not know only where it is not the default."""
+        usual = LayerConfig._field_defaults
+        return {name: value for name, value in self._asdict().items() if name in FIRST_FIELDS or value != usual[name]}
+
+
+FIRST_FIELDS = LayerConfig._fields[:4]  # all that version 1 knows of a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +89,8 @@ class QuantConfig:
         (AWQ; see lutq/transform.py). BCQ grids only.
     damping: `feedback` adds this part of the mean of a Hessian's diagonal to the diagonal; more where it must.
     rounds: `feedback` refits each group's grid so many times. sweeps: of coordinate descent after that.
+    outliers: percent of the weights, of every row, that are corrected in fp16 beside the planes; low_rank: rank of a product of
+        thin fp16 matrices that is added to a layer. Both are counted in its bits per weight (see lutq/residual.py).
     refine: passes over the windows that tune each block's scales, offsets, norms and biases to the original block's outputs
         (BCQ grids; see lutq/refine.py). distill: the same end to end, to the original model's next-token distribution.
     flips: `refine` and `distill` learn the codes too, which takes 16 bytes of memory for each weight.
@@ -109,6 +125,8 @@ class QuantConfig:
     damping: float = 0.01
     rounds: int = 8
     sweeps: int = 8
+    outliers: float = 0.0
+    low_rank: int = 0
     refine: int = 0
     distill: int = 0
     flips: bool = False
@@ -140,6 +158,7 @@ class QuantConfig:
             ("seed", 0),
             ("rounds", 0),
             ("sweeps", 0),
+            ("low_rank", 0),
             ("refine", 0),
             ("distill", 0),
         ):
@@ -148,10 +167,17 @@ class QuantConfig:
         for name in ("tolerance", "damping", "rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise LutqError(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}")
+        if not 0 <= self.outliers <= MOST_OUTLIERS:
+            raise LutqError(
+                f"outliers must be a percentage up to {MOST_OUTLIERS}, where they cost as much as a bit more; not {self.outliers}"
+            )
         if not 0 <= self.target_bpw <= 16:
             raise LutqError(f"target_bpw must be a number of bits up to 16, or 0 for none; not {self.target_bpw}")
         if not 0 <= self.target_ms < math.inf:
             raise LutqError(f"target_ms must be a number of milliseconds, or 0 for none; not {self.target_ms}")
+        if self.target_ms and (self.outliers or self.low_rank):
+            name = "outliers" if self.outliers else "low_rank"
+            raise LutqError(f"target_ms counts the products with planes and {name} adds others: leave one of the two out")
         for group in self.group_choices:
             check_group(group, "every one of groups")
         if self.groups and not self.mixed:
@@ -178,6 +204,9 @@ class QuantConfig:
         if self.refine or self.distill:
             stage = "refine" if self.refine else "distill"
             raise LutqError(f"{stage} tunes one precision and lowest_bits asks for several: leave one of the two out")
+        if self.outliers or self.low_rank:
+            name = "outliers" if self.outliers else "low_rank"
+            raise LutqError(f"{name} corrects one precision and lowest_bits asks for several: leave one of the two out")
         others = [table["bits"] for table in self.overrides.values() if table.get("bits", self.bits) != self.bits]
         if self.mixed or others or self.head_bits not in (self.bits, KEEP_BITS):
             target = "target_ms" if self.target_ms else "target_bpw"
@@ -223,6 +252,16 @@ class QuantConfig:
             return None
         return LayerConfig(**settings, grid=self.grid, offsets=not self.symmetric if self.method == "rtn" else self.offsets)
 
+    def corrections(self, name: str, N: int, K: int) -> dict[str, int]:
+        """The fields of `LayerConfig` that depend on the size of the layer `name` [N, K]; one outlier per row at least.
+
+        Raises LutqError where a low-rank correction would be larger than the layer in fp16.
+        """
+        if self.low_rank * (N + K) > N * K:
+            most = N * K // (N + K)
+            raise LutqError(f"low_rank is {self.low_rank} and {name} has {N} outputs of {K} inputs: use {most} at most")
+        return {"outliers": max(1, round(K * self.outliers / 100)) if self.outliers else 0, "rank": self.low_rank}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as saved in a checkpoint."""
         return dataclasses.asdict(self)
@@ -233,7 +272,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(QuantConfig)}
 
 def format_version(modules: dict[str, dict[str, Any]]) -> int:
     """The version of a checkpoint with these `quantization_config.modules`."""
-    return FORMAT_VERSION if all(fields.get("scale_bits", 16) == 16 for fields in modules.values()) else EIGHT_BIT_VERSION
+    return FORMAT_VERSION if all(fields.keys() <= set(FIRST_FIELDS) for fields in modules.values()) else LATER_VERSION
 
 
 def check_bits(bits: Any, name: str = "bits", or_else: str = "") -> None:

@@ -6,19 +6,20 @@ over which `alternating` decides when to stop, depends on the device only: a mat
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from lutq import bcq, nested, solve, uniform
+from lutq import bcq, nested, residual, solve, uniform
 from lutq.config import LayerConfig, QuantConfig
 from lutq.pack import (
+    Corrected,
     EightBit,
     Nested,
     Packed,
     Stored,
-    dequantize,
     from_tensors,
     group_size,
     highest,
@@ -27,6 +28,7 @@ from lutq.pack import (
     pack_bits,
     to_tensors,
     unpack_bits,
+    weight,
 )
 from lutq.scales import OFFSETS, SCALES, nearest, spread
 
@@ -39,6 +41,8 @@ def fit(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Stored:
     With scales in 8 bits a fit in 16 is rounded, whose units span the chunks, and codes are chosen once more.
     """
     N, K = W.shape
+    if layer.corrected:
+        return with_corrections(W.float(), None, layer, lambda target: fit(target, layer.bare(), config))
     rows = max(1, CHUNK.get(W.device.type, CHUNK["cpu"]) // K)
     chunks = [to_tensors(fit_rows(W[begin : begin + rows].float(), layer, config)) for begin in range(0, N, rows)]
     rows_of = {name: 0 if name.startswith(("offsets", "zero_points")) else 1 for name in chunks[0]}  # dimension of N
@@ -107,6 +111,15 @@ def planes_of(u: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack([((u >> (bits - 1 - i)) & 1).bool() for i in range(bits)])
 
 
+def with_corrections(
+    W: torch.Tensor, H: torch.Tensor | None, layer: LayerConfig, fit_planes: Callable[[torch.Tensor], Packed | EightBit]
+) -> Corrected:
+    """W fp32 [N, K] with the corrections that `layer` asks for, in the metric of H [K, K] if there is one."""
+    K = W.shape[1]
+    dense = functools.partial(weight, layer=layer, K=K)
+    return Corrected(*residual.fit_corrected(W, H, layer, group_size(layer.group, K), fit_planes, dense))
+
+
 def at_lowest(layer: LayerConfig, config: QuantConfig) -> tuple[LayerConfig, QuantConfig]:
     """A layer at the lowest of its precisions, and the settings for it alone."""
     return layer._replace(bits=config.lowest_bits), dataclasses.replace(config, lowest_bits=0, bits=config.lowest_bits)
@@ -136,21 +149,24 @@ def pack(fit: bcq.Bcq) -> Packed:
 def solve_layer(W: torch.Tensor, H: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> tuple[Stored, float, float]:
     """Quantize W fp32 [N, K] with H [K, K]; relative output errors of the plain fit and of the result, which is never more.
 
-    Methods other than `feedback` are plain fits. With several precisions the errors are those of the highest, and it is no
-    precision that is never worse than the one below.
+    Methods other than `feedback` are plain fits, without corrections in the first of these errors. With several precisions the
+    errors are those of the highest, and it is no precision that is never worse than the one below.
     """
     K = W.shape[1]
     g = group_size(layer.group, K)
     size = (W @ H * W).sum().clamp(min=1e-30)
 
     def losses(packed: Stored) -> torch.Tensor:
-        return solve.loss(W, dequantize(*highest(packed), layer.group, layer.grid, K), H)
+        return solve.loss(W, weight(packed, layer, K), H)
 
     def relative(losses: torch.Tensor) -> float:
         return (losses.sum() / size).sqrt().item()
 
-    plain = fit(W, layer, config)
+    plain = fit(W, layer.bare(), config)
     before = losses(plain)
+    if layer.corrected:
+        result = with_corrections(W, H, layer, lambda target: solve_layer(target, H, layer.bare(), config)[0])
+        return result, relative(before), relative(losses(result))
     if config.method != "feedback":
         return plain, relative(before), relative(before)
     settings = config.rounds, config.iterations

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lutq.config import EIGHT_BIT_VERSION, FORMAT_VERSION, LayerConfig, check_bits, check_group, check_scale_bits
+from lutq.config import FORMAT_VERSION, LATER_VERSION, LayerConfig, check_bits, check_group, check_scale_bits
 from lutq.errors import LutqError
 from lutq.linear import LutLinear
 from lutq.ops import choose_backend
 from lutq.ordered import OrderedLinear
-from lutq.pack import EIGHT_BIT, LOWER, UNITS, Packed, lower_shapes
+from lutq.pack import EIGHT_BIT, LOWER, OWN, lower_shapes
 from lutq.parallel.load import load_part
 from lutq.parallel.ranks import current
 from lutq.precisions import choose, contents, state_dict
@@ -57,7 +57,7 @@ class LutqConfig(QuantizationConfigMixin):
         quant_method: str = "lutq",
         **unknown: Any,
     ) -> None:
-        if format_version not in (FORMAT_VERSION, EIGHT_BIT_VERSION) or unknown:
+        if format_version not in (FORMAT_VERSION, LATER_VERSION) or unknown:
             what = f"format version {format_version}" + (f" and {sorted(unknown)}" if unknown else "")
             raise LutqError(
                 f"this checkpoint was written by lutq {lutq_version or '?'} ({what}), which this version cannot read: "
@@ -82,14 +82,17 @@ class LutqConfig(QuantizationConfigMixin):
             check_bits(layer.bits, f"{where}.bits")
             check_group(layer.group, f"{where}.group")
             check_scale_bits(layer.scale_bits, f"{where}.scale_bits")
-            if layer.grid not in ("bcq", "uniform") or type(layer.offsets) is not bool:
+            counts = (layer.outliers, layer.rank)
+            known = layer.grid in ("bcq", "uniform") and type(layer.offsets) is bool
+            if not known or any(type(count) is not int or count < 0 for count in counts):
                 raise LutqError(f"{where} has values this version does not know: {layer._asdict()}: pip install --upgrade lutq")
-        found, scale_bits = ({layer[i] for layer in layers.values()} for i in (0, -1))
+        found = {layer.bits for layer in layers.values()}
         several = type(self.lowest_bits) is int and len(found) == 1 and 0 < self.lowest_bits < max(found)
-        if self.lowest_bits and not (several and scale_bits == {16}):
+        plain = all(layer.scale_bits == 16 and not layer.corrected for layer in layers.values())
+        if self.lowest_bits and not (several and plain):
             raise LutqError(
                 f"quantization_config.lowest_bits is {self.lowest_bits!r} and must be at least 1 and less than the bits of the "
-                "layers, which must be equal, with scales of 16 bits: quantize again"
+                "layers, which must be equal, without corrections and with scales of 16 bits: quantize again"
             )
         return layers
 
@@ -178,7 +181,7 @@ def check_tensors(model: torch.nn.Module, quantization: LutqConfig, files: list[
     wanted = {}
     for key, shape in shapes.items():
         if key not in tied:
-            packed = key.rpartition(".")[2] in (*Packed._fields, *UNITS, "input_order")
+            packed = key.rpartition(".")[2] in (*OWN, "input_order")
             wanted[key] = Spec(shape, state[key].dtype if packed or key not in found else found[key].dtype)
     for name, layer in quantization.layers().items():
         module = model.get_submodule(name)
@@ -320,7 +323,7 @@ def model_bytes(path: Path, dtype: torch.dtype, layers: dict[str, LayerConfig] |
         for key, (_, spec) in contents(tensor_specs(file), layers or {}, bits).items():
             part = key.rpartition(".")[2]
             kept = torch.float16 if part in EIGHT_BIT else spec.dtype  # kernels take scales in 16 bits
-            total += Spec(spec.shape, kept if part in (*Packed._fields, *UNITS) else dtype).nbytes
+            total += Spec(spec.shape, kept if part in OWN else dtype).nbytes
     return total
 
 

@@ -10,6 +10,7 @@ from lutq.ops import choose_backend
 from lutq.pack import lower_shapes, stored_shapes
 from lutq.precisions import serving
 from lutq.report import LayerReport, bits_per_weight, by_kind, eight_bit, table
+from lutq.residual import costs
 from lutq.runtime import device_name, dtype_name, resolve_device, size
 from lutq.source import load_config, locate
 from lutq.structure import read_structure
@@ -55,7 +56,7 @@ def describe(model: str | Path, device: str | None = None, dtype: str = "auto", 
             "yes" if offsets else "no",
             f"{bits_per_weight(members):.3f}",
         )
-        for (kind, bits, group, grid, offsets, _), members in by_kind(layers).items()
+        for (kind, bits, group, grid, offsets, *_), members in by_kind(layers).items()
     ]
     shapes = [(layer.N, layer.K, layer.layer) for layer in layers]
     backend_name, why = choose_backend(backend, place)
@@ -63,6 +64,7 @@ def describe(model: str | Path, device: str | None = None, dtype: str = "auto", 
     lines += [
         f"quantized by lutq {quantization.lutq_version} (format {quantization.format_version}), method {method}, "
         f"{bits_per_weight(layers):.3f} bits per weight in {len(layers)} layers, {8 * stored / parameters:.3f} in all",
+        *(f"{title}: {words}" for title, words in costs(shapes).items()),
         *([f"serves {serving(shapes, quantization.lowest_bits)}"] if quantization.lowest_bits else []),
         *([words(quantization.settings["latency"])] if "latency" in quantization.settings else []),
         *(f"{title} {found}" for title, found in eight_bit(layers).items()),

@@ -12,12 +12,14 @@ import torch
 from lutq.config import LayerConfig
 from lutq.errors import LutqError
 from lutq.ops import choose_backend, working_backend
-from lutq.pack import UNITS, EightBit, Packed, dequantize, from_tensors, highest, stored_shapes, to_tensors
+from lutq.pack import OWN, Corrected, EightBit, Packed, Stored, from_tensors, highest, stored_shapes, to_tensors, weight
+from lutq.residual import Residual, product
 
 
 class LutLinear(torch.nn.Module):
     """y = x W^T + bias with W [N, K] packed as in lutq/pack.py; x [..., K] in fp16, bf16 or fp32.
 
+    What corrects the planes (lutq/residual.py), if anything does, is added by ordinary operations, whatever the backend.
     The tensors of a checkpoint are buffers and keep their dtype when the module is moved or cast; only `bias` follows a cast.
     Scales in 8 bits become fp16 for each product of the reference, and once and for all in kernel order.
     K and N are called `in_features` and `out_features`, as in nn.Linear.
@@ -36,7 +38,7 @@ class LutLinear(torch.nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.layer, self.wide, self._backend = layer, False, "auto"
         shapes = stored_shapes(out_features, in_features, layer)
-        for name in (*Packed._fields, *UNITS):
+        for name in OWN:
             tensor = None
             if name in shapes:
                 shape, dtype = shapes[name]
@@ -47,10 +49,8 @@ class LutLinear(torch.nn.Module):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_packed(
-        cls, packed: Packed | EightBit, in_features: int, layer: LayerConfig, bias: torch.Tensor | None = None
-    ) -> "LutLinear":
-        """A layer that holds `packed`, of `in_features` inputs."""
+    def from_packed(cls, packed: Stored, in_features: int, layer: LayerConfig, bias: torch.Tensor | None = None) -> "LutLinear":
+        """A layer that holds `packed`, of one precision, of `in_features` inputs."""
         parameter = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         module = cls(in_features, highest(packed).codes.shape[1], layer, parameter, device="meta")
         for name, tensor in to_tensors(packed).items():
@@ -73,8 +73,13 @@ class LutLinear(torch.nn.Module):
             raise LutqError(f"x has {x.shape[-1]} features and this layer takes {self.in_features}: check the model's config")
         if self.kernel_codes is None and not torch.compiler.is_compiling():
             self.prepack()
+        y = self._multiply(x)
+        return (y + product(x, self.residual)).to(y.dtype) if self.layer.corrected else y
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with the planes, and the bias."""
         if self.kernel_codes is not None:
-            bits, group, grid, offsets, _ = self.layer
+            bits, group, grid, offsets = self.layer[:4]
             tensors = (self.kernel_codes, self.kernel_records, self.bias)
             return torch.ops.lutq.linear_prepacked(x, *tensors, self.out_features, bits, group, grid, offsets, self.wide)
         return torch.ops.lutq.linear(x, *self.packed(), self.bias, self.layer.group, self.layer.grid, self.backend)
@@ -118,8 +123,13 @@ class LutLinear(torch.nn.Module):
         codes = unpack_codes(self.kernel_codes, self.out_features, self.in_features, self.layer.grid)
         return Packed(codes, **records)
 
+    @property
+    def residual(self) -> Residual:
+        """The corrections; without any tensor where the layer has none."""
+        return Residual(*(self._buffers[name] for name in Residual._fields))
+
     def stored(self) -> dict[str, torch.Tensor]:
-        """Name -> tensor of what a checkpoint holds, made from the kernel order."""
+        """Name -> tensor of what a checkpoint holds of the planes, made from the kernel order."""
         packed = self.packed()
         return to_tensors(packed if self.scale_units is None else EightBit(packed, self.scale_units, self.offset_units))
 
@@ -131,7 +141,8 @@ class LutLinear(torch.nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as `dtype` [N, K]."""
-        return dequantize(*self.packed(), self.layer.group, self.layer.grid, self.in_features, dtype)
+        packed = Corrected(self.packed(), self.residual) if self.layer.corrected else self.packed()
+        return weight(packed, self.layer, self.in_features, dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -15,6 +15,8 @@ grid is `scales_{b}bit` [b, N, G] and `offsets_{b}bit` [N, G]; that of all plane
 With scales in 8 bits a checkpoint stores `scales` as uint8 and `offsets` as int8 codes of the same shapes, and in fp16 their
 units `scale_units` [b or 1, ceil(N G / 256)] and `offset_units` [ceil(N G / 256)], see lutq/scales.py.
 
+Corrections beside the planes (lutq/residual.py) add `outlier_values`, `outlier_columns`, `low_rank_left` and `low_rank_right`.
+
 The form knows no kernel: kernels reorder it at load. All arithmetic here is fp32, and the uniform grid is exact in it.
 """
 
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from lutq.config import LayerConfig
+from lutq.residual import NOTHING, Residual, add_to, residual_shapes
 from lutq.scales import OFFSETS, SCALES, blocks, decode, encode, spread, units_of
 
 CHUNK = 1 << 22  # weights unpacked at a time: bounds the temporary memory to about 50 MB
@@ -61,15 +64,34 @@ class EightBit(NamedTuple):
     offset_units: torch.Tensor | None
 
 
-Stored = Packed | Nested | EightBit  # what a checkpoint can hold of a matrix
+class Corrected(NamedTuple):
+    """W as planes and what corrects them."""
+
+    planes: Packed | EightBit
+    residual: Residual
+
+
+Planes = Packed | Nested | EightBit
+Stored = Planes | Corrected  # what a checkpoint can hold of a matrix
 EIGHT_BIT = {"scales": ("scale_units", SCALES), "offsets": ("offset_units", OFFSETS)}  # part -> its units, dtype of its codes
 
 
+def bare(packed: Stored) -> Planes:
+    """W without its corrections."""
+    return packed.planes if isinstance(packed, Corrected) else packed
+
+
+def residual_of(packed: Stored) -> Residual:
+    """The corrections of W; without any tensor where it has none."""
+    return packed.residual if isinstance(packed, Corrected) else NOTHING
+
+
 def highest(packed: Stored) -> Packed:
-    """W at all its bits, scales and offsets in fp16."""
-    if isinstance(packed, EightBit):
-        return packed.values
-    return packed.highest if isinstance(packed, Nested) else packed
+    """The planes of W, all of them, with scales and offsets in fp16."""
+    planes = bare(packed)
+    if isinstance(planes, EightBit):
+        return planes.values
+    return planes.highest if isinstance(planes, Nested) else planes
 
 
 def in_eight_bits(packed: Packed) -> EightBit:
@@ -91,22 +113,28 @@ def lower_name(part: str, bits: int) -> str:
 
 LOWER = tuple(lower_name(part, bits) for bits in (1, 2, 3) for part in ("scales", "offsets"))
 UNITS = EightBit._fields[1:]
-PARTS = Packed._fields + LOWER + UNITS  # every tensor that can belong to a packed matrix
+OWN = Packed._fields + UNITS + Residual._fields  # the tensors that a loaded layer holds; they keep their dtypes
+PARTS = OWN + LOWER  # every tensor that can belong to a packed matrix
 
 
 def to_tensors(packed: Stored) -> dict[str, torch.Tensor]:
     """Name -> tensor of everything that a checkpoint stores of a matrix."""
-    tensors = {name: tensor for name, tensor in highest(packed)._asdict().items() if tensor is not None}
-    if isinstance(packed, EightBit):
+    planes, parts = bare(packed), highest(packed)._asdict() | residual_of(packed)._asdict()
+    tensors = {name: tensor for name, tensor in parts.items() if tensor is not None}
+    if isinstance(planes, EightBit):
         for part, (name, dtype) in EIGHT_BIT.items():
-            units = getattr(packed, name)
+            units = getattr(planes, name)
             if units is not None:
                 tensors |= {part: encode(tensors[part], spread(units, *tensors[part].shape[-2:]), dtype), name: units}
-    return tensors | packed.lower if isinstance(packed, Nested) else tensors
+    return tensors | planes.lower if isinstance(planes, Nested) else tensors
 
 
 def from_tensors(tensors: dict[str, torch.Tensor]) -> Stored:
     """The inverse of `to_tensors`; other names are ignored. Scales and offsets beside units may be values instead of codes."""
+    residual = {name: tensors[name] for name in Residual._fields if name in tensors}
+    if residual:
+        others = {name: tensor for name, tensor in tensors.items() if name not in residual}
+        return Corrected(from_tensors(others), Residual(**residual))
     packed = Packed(**{name: tensors[name] for name in Packed._fields if name in tensors})
     if "scale_units" in tensors:
         for part, (name, _) in EIGHT_BIT.items():
@@ -116,6 +144,13 @@ def from_tensors(tensors: dict[str, torch.Tensor]) -> Stored:
         return EightBit(packed, tensors["scale_units"], tensors.get("offset_units"))
     lower = {name: tensors[name] for name in LOWER if name in tensors}
     return Nested(packed, lower) if lower else packed
+
+
+def weight(packed: Stored, layer: LayerConfig, K: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """W as `dtype` [N, K] with everything that belongs to it, corrections included; rounded once."""
+    if not isinstance(packed, Corrected):
+        return dequantize(*highest(packed), layer.group, layer.grid, K, dtype)
+    return add_to(dequantize(*highest(packed), layer.group, layer.grid, K), packed.residual).to(dtype)
 
 
 def words(K: int) -> int:
@@ -129,7 +164,7 @@ def group_size(group: int, K: int) -> int:
 
 
 def packed_shapes(N: int, K: int, layer: LayerConfig) -> dict[str, tuple]:
-    """Tensor name -> (shape, dtype) of the packed form of W [N, K], in memory; `stored_shapes` says what files hold."""
+    """Tensor name -> (shape, dtype) of the planes of W [N, K] in memory, a `Packed`; `stored_shapes` says what files hold."""
     G = -(-K // group_size(layer.group, K))
     bcq = layer.grid == "bcq"
     shapes = {
@@ -149,7 +184,7 @@ def stored_shapes(N: int, K: int, layer: LayerConfig) -> dict[str, tuple]:
             if part in shapes:
                 shape, units_dtype = shapes[part]
                 shapes |= {part: (shape, dtype), name: ((*shape[:-2], blocks(*shape[-2:])), units_dtype)}
-    return shapes
+    return shapes | residual_shapes(N, K, layer)
 
 
 def lower_shapes(N: int, K: int, layer: LayerConfig, lowest_bits: int) -> dict[str, tuple]:

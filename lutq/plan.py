@@ -74,7 +74,7 @@ def choose_layers(structure: Structure, config: QuantConfig) -> tuple[dict[str, 
     for name, linear in structure.linears.items():
         layer = None if linear.place == "outside" else config.layer(name, linear.place == "head")
         if layer:
-            chosen[name] = layer
+            chosen[name] = layer._replace(**config.corrections(name, linear.N, linear.K))
         else:
             kept.append(name)
     if not any(linear.place == "block" and name in chosen for name, linear in structure.linears.items()):

@@ -10,7 +10,7 @@ import torch
 
 from lutq.config import LayerConfig
 from lutq.errors import LutqError
-from lutq.pack import PARTS, UNITS, Packed, lower_name, packed_shapes
+from lutq.pack import OWN, PARTS, lower_name, packed_shapes
 from lutq.shards import Spec
 from lutq.source import open_safetensors, tensor_specs
 
@@ -61,7 +61,7 @@ def serving(shapes: list[tuple[int, int, LayerConfig]], lowest_bits: int) -> str
 def stored_names(bits: int | None) -> dict[str, str]:
     """Name in the file -> name in the model of what a layer needs at `bits` bits, or None for all that it has."""
     if bits is None:
-        return {part: part for part in (*Packed._fields, *UNITS)}
+        return {part: part for part in OWN}
     return {"codes": "codes"} | {lower_name(part, bits): part for part in ("scales", "offsets")}
 
 

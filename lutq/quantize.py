@@ -24,7 +24,7 @@ from lutq.fit import CHUNK, fit
 from lutq.journal import NAME, Journal, StaleRunError, fingerprint
 from lutq.latency import Product
 from lutq.output import check_out, publish, write_beside
-from lutq.pack import dequantize, highest, to_tensors
+from lutq.pack import to_tensors, weight
 from lutq.plan import Plan, Unit, outputs, plan
 from lutq.report import LayerReport, Report, relative_error
 from lutq.runtime import (
@@ -245,7 +245,7 @@ def process(unit: Unit, tensor: torch.Tensor, job: Job, writer: ShardWriter, cal
         if W.abs().max() > LARGEST_SCALE:
             raise LutqError(f"{unit.key} has weights beyond the {LARGEST_SCALE:.0f} of fp16 scales: skip it with an override")
         packed = calibrated.layer(unit.name, job.device) or fit(W, unit.layer, job.config)
-        values = dequantize(*highest(packed), unit.layer.group, unit.layer.grid, W.shape[1])
+        values = weight(packed, unit.layer, W.shape[1])
         W = calibrated.fitted(unit.name, W)
         figures = {"error": squared_norm(W - values), "norm": squared_norm(W)}
     for part, content in to_tensors(packed).items():

@@ -82,15 +82,26 @@ class Report:
         shapes = [(layer.N, layer.K, layer.layer) for layer in self.layers]
         return {"serves": serving(shapes, self.config.lowest_bits)} if self.config.lowest_bits else {}
 
+    def corrections(self) -> dict[str, str]:
+        """What is stored beside the planes, as title -> words."""
+        from lutq.residual import costs
+
+        return costs((layer.N, layer.K, layer.layer) for layer in self.layers)
+
+    def counted(self) -> str:
+        """What bits per weight include besides codes."""
+        return "scales, offsets and corrections included" if self.corrections() else "scales and offsets included"
+
     def summary(self) -> str:
         """The table printed at the end of `lutq quantize`."""
         from lutq.runtime import size
 
         lines = [table(HEADER, rows(self.layers)), ""]
         lines += [
-            f"bits per weight   {bits_per_weight(self.layers):.3f} in the quantized layers, scales and offsets included; "
+            f"bits per weight   {bits_per_weight(self.layers):.3f} in the quantized layers, {self.counted()}; "
             f"{8 * self.bytes_after / self.parameters:.3f} in the whole model",
-            *(f"{title:16}  {words}" for title, words in (self.precisions() | eight_bit(self.layers) | self.times()).items()),
+            *(f"{title:16}  {words}" for title, words in (self.corrections() | self.precisions()).items()),
+            *(f"{title:16}  {words}" for title, words in (eight_bit(self.layers) | self.times()).items()),
             f"size              {size(self.bytes_before)} -> {size(self.bytes_after)}",
             f"relative error    {relative_error(self.layers):.4f} of the quantized weights (Frobenius)",
             *(f"{title:16}  {words}" for title, words in (self.calibration.figures() if self.calibration else {}).items()),

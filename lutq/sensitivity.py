@@ -18,7 +18,7 @@ from lutq.config import QuantConfig
 from lutq.fit import solve_layer
 from lutq.hessian import accumulate, damp
 from lutq.journal import Journal, fingerprint
-from lutq.pack import dequantize, highest
+from lutq.pack import weight
 from lutq.refine import divergence
 from lutq.runtime import progress_interval
 from lutq.unit import Choice, Unit
@@ -114,7 +114,7 @@ def measure_unit(
 
     def fitted(choice: Choice, config: QuantConfig) -> list[torch.Tensor]:
         layer = unit.layer._replace(bits=choice.bits, group=choice.group)
-        return [dequantize(*highest(solve_layer(W, H, layer, config)[0]), layer.group, layer.grid, K) for W in originals]
+        return [weight(solve_layer(W, H, layer, config)[0], layer, K) for W in originals]
 
     tried = unit.choices
     if len({choice.group for choice in tried}) > 1:

@@ -23,7 +23,7 @@ from lutq.blocks import Blocks, batch_size, input_stages, visit_inputs
 from lutq.config import LayerConfig, QuantConfig
 from lutq.fit import solve_layer
 from lutq.hessian import accumulate, damp
-from lutq.pack import dequantize, highest
+from lutq.pack import weight
 from lutq.refine import block_error
 
 ALPHAS = (0.15, 0.3, 0.5, 0.75, 1.0)
@@ -154,12 +154,13 @@ def quantized(
     weights: list[torch.Tensor], H: torch.Tensor, s: torch.Tensor, layers: list[LayerConfig], config: QuantConfig
 ) -> list[torch.Tensor]:
     """What layers W [N, K] become when W diag(s) is quantized, divided by s again; H, s: second moments [K, K] and scales [K] of
-    the inputs. With `feedback` the fit is a quick one: the choice of s needs no more.
+    the inputs. The fit is without corrections and, with `feedback`, a quick one: the choice of s needs no more.
     """
     config = dataclasses.replace(config, lowest_bits=0, rounds=min(config.rounds, 1), sweeps=0)
     H = damp(H / (s[:, None] * s), config.damping).H
-    fits = [solve_layer(W * s, H, layer, config)[0] for W, layer in zip(weights, layers, strict=True)]
-    return [dequantize(*highest(fit), layer.group, layer.grid, len(s)) / s for fit, layer in zip(fits, layers, strict=True)]
+    bare = [layer.bare() for layer in layers]
+    fits = [solve_layer(W * s, H, layer, config)[0] for W, layer in zip(weights, bare, strict=True)]
+    return [weight(fit, layer, len(s)) / s for fit, layer in zip(fits, bare, strict=True)]
 
 
 @torch.no_grad()

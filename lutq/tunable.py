@@ -15,25 +15,29 @@ from lutq.config import LayerConfig
 from lutq.pack import (
     EIGHT_BIT,
     UNITS,
+    Corrected,
     EightBit,
     Nested,
     Packed,
     Stored,
+    bare,
     dequantize,
     group_size,
     highest,
     pack_bits,
+    residual_of,
     signs,
     unpack_bits,
 )
+from lutq.residual import Residual, add_to
 from lutq.scales import grown, nearest, spread
 
 MARGIN = 0.02  # of the distance of two levels that a latent weight keeps from the middle between them at the start
 
 
 class Product(torch.autograd.Function):
-    """y = x W^T for the W that codes, scales [b, N, G] and offsets [N, G] or None stand for; W is made anew in the backward
-    pass, so that no layer keeps one.
+    """y = x W^T for the W that codes, scales [b, N, G], offsets [N, G] or None and corrections, which are fixed, stand for; W is
+    made anew in the backward pass, so that no layer keeps one.
     """
 
     @staticmethod
@@ -45,11 +49,12 @@ class Product(torch.autograd.Function):
         offsets: torch.Tensor | None,
         latent: torch.Tensor | None,
         group: int,
+        residual: Residual,
     ) -> torch.Tensor:
         """Map x [..., K] to y [..., N]."""
-        ctx.group = group
+        ctx.group, ctx.residual = group, residual
         ctx.save_for_backward(x, codes, scales, offsets)
-        return F.linear(x, dequantize(codes, scales, offsets, None, group, "bcq", x.shape[-1], x.dtype))
+        return F.linear(x, add_to(dequantize(codes, scales, offsets, None, group, "bcq", x.shape[-1], x.dtype), residual))
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -59,12 +64,12 @@ class Product(torch.autograd.Function):
         g = group_size(ctx.group, K)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ dequantize(codes, scales, offsets, None, ctx.group, "bcq", K, dy.dtype)
+            dx = dy @ add_to(dequantize(codes, scales, offsets, None, ctx.group, "bcq", K, dy.dtype), ctx.residual)
         dW = (dy.flatten(0, -2).T @ x.flatten(0, -2)).float()
         per_group = F.pad(dW, (0, -K % g)).unflatten(1, (-1, g))
         dscales = [(per_group * F.pad(signs(plane, K), (0, -K % g)).unflatten(1, (-1, g))).sum(2) for plane in codes]
         doffsets = None if offsets is None else per_group.sum(2)
-        return dx, None, torch.stack(dscales), doffsets, dW if ctx.needs_input_grad[4] else None, None
+        return dx, None, torch.stack(dscales), doffsets, dW if ctx.needs_input_grad[4] else None, None, None
 
 
 class Rounding(torch.autograd.Function):
@@ -85,7 +90,8 @@ class Tunable(torch.nn.Module):
     """y = x W^T + bias with W [N, K] on the bcq grid; scales fp32 [b, N, G] and offsets fp32 [N, G] are parameters.
 
     W: the original weight fp32 [N, K] for codes that can be learned: `latent` starts as the weights nearest to it that have
-    the codes of `packed`. Of a matrix at several precisions it is the highest, and nothing of it may be learned.
+    the codes of `packed`. Corrections stay as they are. Of a matrix at several precisions it is the highest, and nothing of it
+    may be learned.
 
     Where the layer has scales in 8 bits, products are those of the rounded scales and offsets, so that what is tuned and
     compared is what a checkpoint will hold. Units grow with the largest value of their block and never shrink.
@@ -96,17 +102,24 @@ class Tunable(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.K, self.layer = K, layer
-        lower = packed.lower if isinstance(packed, Nested) else {}
-        for name, tensor in lower.items():
+        planes, residual = bare(packed), residual_of(packed)
+        lower = planes.lower if isinstance(planes, Nested) else {}
+        units = {name: getattr(planes, name, None) for name in UNITS}
+        for name, tensor in (lower | units | residual._asdict()).items():
             self.register_buffer(name, tensor)
-        for name in UNITS:
-            self.register_buffer(name, getattr(packed, name) if isinstance(packed, EightBit) else None)
-        self.lower, packed = tuple(lower), highest(packed)
+        self.lower, packed = tuple(lower), highest(planes)
         self.register_buffer("codes", packed.codes)
         self.scales = torch.nn.Parameter(packed.scales.float())
         self.offsets = None if packed.offsets is None else torch.nn.Parameter(packed.offsets.float())
         self.bias = bias
+        if W is not None:
+            W = W - add_to(torch.zeros_like(W), residual)
         self.latent = None if W is None else torch.nn.Parameter(self._latent(W))
+
+    @property
+    def residual(self) -> Residual:
+        """The corrections."""
+        return Residual(*(self._buffers[name] for name in Residual._fields))
 
     @torch.no_grad()
     def _latent(self, W: torch.Tensor) -> torch.Tensor:
@@ -160,7 +173,8 @@ class Tunable(torch.nn.Module):
         """Map x [..., K] to y [..., N]."""
         if self.latent is not None:
             self.follow()
-        y = Product.apply(x, self.codes, self._stored("scales"), self._stored("offsets"), self.latent, self.layer.group)
+        scales, offsets = self._stored("scales"), self._stored("offsets")
+        y = Product.apply(x, self.codes, scales, offsets, self.latent, self.layer.group, self.residual)
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
@@ -183,6 +197,6 @@ class Tunable(torch.nn.Module):
             fit = bcq.Bcq(bcq.nearest(self._groups(self.latent), scales, offsets)[0], scales, offsets)
         codes = pack_bits(self._ungroup(fit.planes))
         packed = Packed(codes, fit.scales.view(b, N, -1).half(), None if offsets is None else fit.offsets.view(N, -1).half())
-        if self.scale_units is None:
-            return packed
-        return EightBit(packed, self._units("scales"), None if offsets is None else self._units("offsets"))
+        if self.scale_units is not None:
+            packed = EightBit(packed, self._units("scales"), None if offsets is None else self._units("offsets"))
+        return Corrected(packed, self.residual) if self.layer.corrected else packed

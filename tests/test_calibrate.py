@@ -35,6 +35,7 @@ STAGES = {
     },
     "scales in 8 bits": {"refine": 1, "scale_bits": 8},
     "scales in 8 bits, distill with flips": {"distill": 1, "flips": True, "scale_bits": 8, "offsets": False},
+    "corrected, distill with flips": {"distill": 1, "flips": True, "outliers": 2.0, "low_rank": 2},
     "alternating, distill": {"method": "alternating", "distill": 1, "head_bits": 4},
 }
 
@@ -129,9 +130,16 @@ class Crash(BaseException):
     """Power is cut."""
 
 
-@pytest.mark.parametrize(("family", "flips"), [("opt", False), ("llama", True)])
-def test_interrupted_anywhere_goes_on_bit_for_bit(tiny, family, flips, tmp_path):
-    config = QuantConfig(**SMALL | {"refine": 1, "distill": 2, "flips": flips, "scale_bits": 8 if flips else 16})
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("opt", {}),
+        ("llama", {"flips": True, "scale_bits": 8}),
+        ("opt", {"flips": True, "scale_bits": 8, "outliers": 2.0, "low_rank": 2}),
+    ],
+)
+def test_interrupted_anywhere_goes_on_bit_for_bit(tiny, family, more, tmp_path):
+    config = QuantConfig(**SMALL | {"refine": 1, "distill": 2} | more)
     quantize_checkpoint(tiny(family), tmp_path / "whole", config, device="cpu")
     whole = contents(tmp_path / "whole")
     done = 0
@@ -153,8 +161,8 @@ def test_interrupted_anywhere_goes_on_bit_for_bit(tiny, family, flips, tmp_path)
                 break
             except Crash:
                 done += 1
-    assert done >= 4, f"{family=} {done=}"
-    assert contents(tmp_path / "out") == whole, f"{family=} {done=}"
+    assert done >= 4, f"{family=} {more=} {done=}"
+    assert contents(tmp_path / "out") == whole, f"{family=} {more=} {done=}"
 
 
 def test_changed_source_is_noticed(tiny, tmp_path):

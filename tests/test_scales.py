@@ -11,7 +11,7 @@ from conftest import random_packed
 from safetensors.torch import load_file, save_file
 
 import lutq
-from lutq import scales, solve
+from lutq import scales, sensitivity, solve
 from lutq.config import LayerConfig, QuantConfig
 from lutq.errors import LutqError
 from lutq.fit import fit, solve_layer
@@ -357,11 +357,18 @@ def test_default_checkpoints_are_of_version_1(tiny, tmp_path):
     assert quantization_of(tmp_path / "saved")["modules"] == quantization["modules"]
 
 
-def test_target_counts_the_units(tiny, tmp_path):
+def test_target_counts_the_units(tiny, tmp_path, monkeypatch):
     settings = {"group": 32, "iterations": 1, "target_bpw": 3.2, "scale_bits": 8, "calib_windows": 2, "calib_length": 32}
+    settings |= {"overrides": {"q_proj$": {"scale_bits": 16}}}  # k and v have the same input and 8
+    units = []
+    monkeypatch.setattr(sensitivity, "measure", lambda *args, do=sensitivity.measure: units.extend(do(*args)) or units)
     report = quantize_checkpoint(tiny("llama"), tmp_path / "out", QuantConfig(**settings), device="cpu")
     bits = 8 * sum(layer.nbytes for layer in report.layers) / sum(layer.N * layer.K for layer in report.layers)
     assert 2.7 < bits <= 3.2, f"{bits=}"
+    layers = {layer.name: layer for layer in report.layers}
+    for unit in units:
+        choice = next(choice for choice in unit.choices if choice.bits == layers[unit.names[0]].layer.bits)
+        assert choice.size == 8 * sum(layers[name].nbytes for name in unit.names), f"{unit.names=} {choice=}"
 
 
 LAYER = "model.decoder.layers.0.fc1"

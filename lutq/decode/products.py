@@ -147,7 +147,9 @@ class Packed:
 
 
 class Module:
-    """By a module's own forward: what is neither a Linear layer nor in kernel order, or puts its inputs into another order."""
+    """By a module's own forward: what is neither a Linear layer nor in kernel order, or is more than a product with planes, as
+    corrected layers and those with inputs in another order are.
+    """
 
     def __init__(self, module: LutLinear) -> None:
         self.module, self.N, self.K, self.bias = module, module.out_features, module.in_features, module.bias
@@ -166,10 +168,15 @@ class Module:
         return self.module(x)
 
 
+def is_bare(module: torch.nn.Module) -> bool:
+    """Whether a layer in kernel order, into which it is put, is all that there is to it."""
+    return type(module) is LutLinear and module.prepack() and not module.layer.corrected
+
+
 def product_of(module: torch.nn.Module) -> Product:
     """The product that a layer computes."""
     if isinstance(module, LutLinear):
-        if type(module) is LutLinear and module.prepack():
+        if is_bare(module):
             bias = None if module.bias is None else module.bias.detach()
             tensors = (module.kernel_codes, module.kernel_records, module.wide, bias)
             return Packed(*tensors, module.out_features, module.in_features, module.layer)
@@ -232,7 +239,7 @@ def join_dense(modules: Sequence[torch.nn.Linear]) -> Dense:
 def join(modules: Sequence[torch.nn.Module]) -> list[Product]:
     """Products for layers with the same x: one for all where possible, otherwise one each."""
     joint: Product | None = None
-    if len(modules) > 1 and all(type(module) is LutLinear and module.prepack() for module in modules):
+    if len(modules) > 1 and all(is_bare(module) for module in modules):
         joint = join_packed(modules)
     elif len(modules) > 1 and all(type(module) is torch.nn.Linear for module in modules):
         joint = join_dense(modules)

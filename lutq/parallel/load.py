@@ -121,6 +121,9 @@ def load_part(path: Path, ranks: Ranks, device: torch.device, dtype: torch.dtype
     if quantization and quantization.ordered:
         name = quantization.ordered[0]
         raise LutqError(f"{name} has inputs in an order of their own, which processes cannot share: use one, without torchrun")
+    corrected = next((name for name, layer in layers.items() if layer.corrected), None)
+    if corrected:
+        raise LutqError(f"{corrected} has corrections beside its planes, which processes cannot share: use one, without torchrun")
     try:
         shape = dataclasses.replace(shape_of(config), world=ranks.world)
     except RefusedError as error:

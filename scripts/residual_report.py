@@ -1,0 +1,39 @@
+"""Render `scripts/results/residual-*.json` into the README's table.
+
+python scripts/residual_report.py
+"""
+
+from typing import Any
+
+from readme import read, settings_of, write
+
+BEGIN, END = "<!-- residual: written by scripts/residual_report.py -->", "<!-- end of residual -->"
+
+
+def read_results() -> list[dict[str, Any]]:
+    """Results in order of file name."""
+    return read("residual-*.json")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One model's table, by bits per weight."""
+    records = sorted(result["records"], key=lambda record: record["bits_per_weight"])
+    lines = [
+        f"**{result['model']}**, `--method feedback` ({settings_of(result, records[0]['windows'])}):",
+        "",
+        "| flags | bits per weight | output error | perplexity |",
+        "|---|---|---|---|",
+    ]
+    for record in records:
+        figures = f"{record['bits_per_weight']:.2f} | {record['output_error'][1]:.3f} | {record['ppl']:.1f}"
+        lines.append(f"| `{record['row']}` | {figures} |")
+    return "\n".join(lines)
+
+
+def tables() -> str:
+    """The table as it stands between the README's marks."""
+    return "\n\n".join(markdown(result) for result in read_results())
+
+
+if __name__ == "__main__":
+    write(BEGIN, tables(), END)
