@@ -389,7 +389,7 @@ __global__ void __launch_bounds__((most_groups(N) + 1) * GROUP_THREADS, 1)
   launch_dependents();
   if (warp == 0) {
     if (lane < plan.stages * groups) init_barrier(full + 8 * lane, 1), init_barrier(empty + 8 * lane, 4);
-    if (lane < plan.slots) init_barrier(made + 8 * lane, plan.builders), init_barrier(used + 8 * lane, 4 * groups);
+    if (lane < plan.slots) init_barrier(made + 8 * lane, 32 * plan.builders), init_barrier(used + 8 * lane, 32 * 4 * groups);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   for (int i = threadIdx.x; i < plan.k_groups * z.most_panels * PANEL_FLOATS / 4; i += blockDim.x)
@@ -426,8 +426,7 @@ __global__ void __launch_bounds__((most_groups(N) + 1) * GROUP_THREADS, 1)
     int slab = 0, slot = 0, parity = 1;
     const auto next_slab = [&] {
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      __syncwarp();
-      if (lane == 0) arrive(made + 8 * slot);
+      arrive(made + 8 * slot);
       if (++slot == plan.slots) slot = 0, parity ^= 1;
       slab++;
     };
@@ -505,8 +504,7 @@ __global__ void __launch_bounds__((most_groups(N) + 1) * GROUP_THREADS, 1)
 #pragma unroll
         for (int i = 0; i < N / 2; i++) keep[(i / 4 * 8 + 2 * q + (i & 1)) * KEPT_STRIDE + (i & 2) * 4] += sum[i];
       }
-      __syncwarp();
-      if (lane == 0) arrive(used + 8 * slot);
+      arrive(used + 8 * slot);
       if (++slot == plan.slots) slot = 0, slot_parity ^= 1;
     }
   }

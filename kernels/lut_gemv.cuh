@@ -299,10 +299,10 @@ __global__ void __launch_bounds__(GEMV_THREADS, 1)
   if (split > 1) {
     if (threadIdx.x == 0) {
       init_barrier(barrier, 1);
-      expect(barrier, split * own * 32);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
+    if (threadIdx.x == 0) expect(barrier, split * own * 32);
     asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
   }
   Walk<BITS, Slots, PIECES> walk(a, shape, per_group, share, lane);

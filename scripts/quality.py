@@ -79,11 +79,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             figures, directory = {"bits_per_weight": 16.0, "whole_model": 16.0}, path
             if row != "fp16":
-                config = (
-                    make_config(row, group=group)
-                    if row.startswith("best")
-                    else QuantConfig(bits=bits, group=group, **STAGES[row])
-                )
+                # recipes have groups of their own
+                config = make_config(row) if row.startswith("best") else QuantConfig(bits=bits, group=group, **STAGES[row])
                 report = quantize_checkpoint(path, Path(folder) / "out", config, device=arguments.device)
                 figures, directory = figures_of(report), report.out
             model = plain(load(directory, device=arguments.device, dtype="float32"))

@@ -129,16 +129,20 @@ def test_commands_that_measure(tmp_path):
     stand_in = tmp_path / "python"
     stand_in.write_text(f"""#!{sys.executable}
 import json, os, subprocess, sys
+if sys.argv[1] == "-c":  # how many GPUs there are
+    sys.exit(print(5))
 if sys.argv[1] != "-m":
     sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))
-assert sys.argv[2:5] == ["lutq", "bench", "decode"], sys.argv
-args = sys.argv[5:]
+several = sys.argv[1:4] == ["-m", "torch.distributed.run", "--standalone"]
+gpus, args = (int(sys.argv[5]), sys.argv[6:]) if several else (1, sys.argv[1:])
+assert args[:4] == ["-m", "lutq", "bench", "decode"], sys.argv
+args = args[4:]
 value = lambda flag: [args[i + 1] for i, arg in enumerate(args) if arg == flag]
 with open({str(tmp_path / "runs")!r}, "a") as file:
     print(*args, file=file)
 runs = len(open({str(tmp_path / "runs")!r}).readlines())
 record = json.loads({json.dumps(a_record())!r})
-records = [record | {{"model": value("--shape")[0], "bits": int(b), "batch": int((value("--batch") or [1])[0])}}
+records = [record | {{"model": value("--shape")[0], "bits": int(b), "batch": int((value("--batch") or [1])[0]), "gpus": gpus}}
            for b in value("--bits")]
 open(value("--json")[0], "w").write(json.dumps(json.loads({json.dumps(a_result())!r}) | {{"records": records}}))
 sys.exit(runs == 3)
@@ -150,9 +154,12 @@ sys.exit(runs == 3)
     assert (tmp_path / "out.json.part").is_file()
     assert len(json.loads((tmp_path / "out.json").read_text())["records"]) == 5
     subprocess.run(command, env=environment, timeout=300, check=True)
-    found = [(r["model"], r["bits"], r["batch"]) for r in json.loads((tmp_path / "out.json").read_text())["records"]]
+    found = [(r["model"], r["bits"], r["batch"], r["gpus"]) for r in json.loads((tmp_path / "out.json").read_text())["records"]]
+    large = ("llama-1-30b", "llama-1-65b", "opt-175b")
     assert sorted(found) == sorted(
-        [("opt-175b", 3, 1), ("opt-175b", 2, 1), ("llama-1-65b", 3, 1), ("llama-3-8b", 3, 1), ("llama-2-7b", 3, 8)]
-        + [("llama-2-7b", bits, 1) for bits in (2, 3, 4, 16)]
+        [("opt-175b", 2, 1, 1), ("llama-3-8b", 3, 1, 1), ("llama-2-7b", 3, 8, 1)]
+        + [("llama-2-7b", bits, 1, 1) for bits in (2, 3, 4, 16)]
+        + [(name, 3, 1, gpus) for name in large for gpus in (1, 2, 4)]
+        + [(name, 4, 1, 1) for name in large[:2]]
     )
     assert not (tmp_path / "out.json.part").exists()
