@@ -25,7 +25,7 @@ from lutq.paths import shipped
 METHODS = ("rtn", "greedy", "alternating", "feedback")
 STARTS = ("range", "uniform", "greedy", "best")
 KEEP_BITS = 16  # head_bits that leaves the output head as it is
-MOST_OUTLIERS = 3.0  # percent; each takes 32 bits
+MOST_OUTLIERS = 3.0  # percent; each takes 32 bits, or 48 among more than 32768 inputs
 FORMAT_VERSION = 1  # of a checkpoint that every lutq reads
 LATER_VERSION = 2  # where layers have scales in 8 bits or corrections: a lutq that knows version 1 alone refuses it
 
@@ -88,7 +88,8 @@ class QuantConfig:
     scaling: before the fit, search scales of the input channels of each layer, folded into the norm or layer before it
         (AWQ; see lutq/transform.py). BCQ grids only.
     damping: `feedback` adds this part of the mean of a Hessian's diagonal to the diagonal; more where it must.
-    rounds: `feedback` refits each group's grid so many times. sweeps: of coordinate descent after that.
+    rounds: `feedback` refits each group's grid so many times. sweeps: of coordinate descent after that, at least
+        one with scale_bits 8, where codes are chosen anew on the rounded grids.
     outliers: percent of the weights, of every row, that are corrected in fp16 beside the planes; low_rank: rank of a product of
         thin fp16 matrices that is added to a layer. Both are counted in its bits per weight (see lutq/residual.py).
     refine: passes over the windows that tune each block's scales, offsets, norms and biases to the original block's outputs
@@ -169,7 +170,7 @@ class QuantConfig:
                 raise LutqError(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}")
         if not 0 <= self.outliers <= MOST_OUTLIERS:
             raise LutqError(
-                f"outliers must be a percentage up to {MOST_OUTLIERS}, where they cost as much as a bit more; not {self.outliers}"
+                f"outliers must be a percentage up to {MOST_OUTLIERS}, where they cost a bit a weight; not {self.outliers}"
             )
         if not 0 <= self.target_bpw <= 16:
             raise LutqError(f"target_bpw must be a number of bits up to 16, or 0 for none; not {self.target_bpw}")

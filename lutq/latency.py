@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from lutq.config import LayerConfig
-from lutq.journal import Journal
+from lutq.journal import Journal, StaleRunError
 from lutq.linear import LutLinear
 from lutq.ops import working_backend
 from lutq.runtime import device_name, out_of_memory, progress_interval
@@ -70,12 +70,19 @@ def words(record: dict[str, Any]) -> str:
 
 
 def measure(products: Iterable[Product], device: torch.device, journal: Journal) -> Times:
-    """The times of products, each measured once, or those that the journal has from an earlier run. Raises LutqError."""
+    """The times of products, each measured once, or those that the journal has from an earlier run. Raises LutqError,
+    StaleRunError where that ran elsewhere.
+    """
+    products = list(dict.fromkeys(products))
+    name, backend, ns = device_name(device), working_backend("auto", device), {}
     for kept in journal.records:
         if kept["unit"] == UNIT:
+            if (kept["device"].split(",")[0], kept["backend"]) != (name.split(",")[0], backend):  # but for threads
+                raise StaleRunError(
+                    f"the unfinished run was timed on {kept['device']} (backend {kept['backend']}) and this is {name} "
+                    f"(backend {backend}): {journal.remedy}"
+                )
             return from_json(kept)
-    products = list(dict.fromkeys(products))
-    backend, ns = working_backend("auto", device), {}
     with tqdm(products, unit="product", mininterval=progress_interval()) as bar:
         for product in bar:
             N, K, layer = product
@@ -83,7 +90,7 @@ def measure(products: Iterable[Product], device: torch.device, journal: Journal)
             with out_of_memory(lambda N=N, K=K: f"timing {N}x{K} needs its weights several times: use a device with more memory"):
                 us = time_kernel(product, device) if backend == "cuda" else time_plain(product, device)
             ns[product] = round(1000 * us)
-    times = Times(device_name(device), backend, ns)
+    times = Times(name, backend, ns)
     journal.add({"unit": UNIT, **to_json(times)})
     return times
 

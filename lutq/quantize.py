@@ -260,10 +260,12 @@ def squared_norm(values: torch.Tensor) -> float:
 
 def memory_advice(unit: Unit, device: torch.device) -> str:
     """What quantizing one layer takes, against what there is."""
-    needed = 16 * unit.shape[0] * unit.shape[1] + 100 * CHUNK[device.type]
+    bytes_each = 40 if unit.layer.corrected else 16  # corrections are fitted to a layer as a whole
+    needed = bytes_each * unit.shape[0] * unit.shape[1] + 100 * CHUNK[device.type]
     words = f"{unit.name} needs about {size(needed)} on {device.type}, where {size(free_memory(device))} is free"
     return (
         f"{words}; close other programs"
+        + (" or leave corrections out" if unit.layer.corrected else "")
         + (" or use --device cpu" if device.type == "cuda" else "")
         + " and run the command again"
     )

@@ -28,5 +28,7 @@ run --shape opt-175b --bits 3 --bits 2
 here=$("$python" -c "import torch; print(torch.cuda.device_count())")
 for gpus in 2 4 8; do
   [ "$gpus" -le "$here" ] || break
-  for shape in llama-1-30b llama-1-65b opt-175b; do run --shape "$shape" --bits 3; done
+  for shape in llama-1-30b llama-1-65b opt-175b; do
+    [ "$gpus $shape" = "8 llama-1-30b" ] || run --shape "$shape" --bits 3  # 52 heads
+  done
 done

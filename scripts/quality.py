@@ -79,7 +79,6 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             figures, directory = {"bits_per_weight": 16.0, "whole_model": 16.0}, path
             if row != "fp16":
-                # recipes have groups of their own
                 config = make_config(row) if row.startswith("best") else QuantConfig(bits=bits, group=group, **STAGES[row])
                 report = quantize_checkpoint(path, Path(folder) / "out", config, device=arguments.device)
                 figures, directory = figures_of(report), report.out
@@ -91,7 +90,8 @@ def main() -> None:
     for group in arguments.groups:
         for bits in arguments.bits:
             rows += [(row, int(bits), group) for row in arguments.rows if row != "recipes" and bits == int(bits)]
-            rows += [(RECIPES[bits], bits, group)] if "recipes" in arguments.rows else []
+    if "recipes" in arguments.rows:  # they have groups of their own
+        rows += [(RECIPES[bits], bits, make_config(RECIPES[bits]).group) for bits in arguments.bits]
     measure_rows(RESULTS / f"quality-{name}{suffix}.json", settings, rows, "row", measure_row)
 
 

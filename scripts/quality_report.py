@@ -6,6 +6,7 @@ python scripts/quality_report.py              # needs matplotlib (extra `test`)
 from typing import Any
 
 from perplexity_report import number, plot
+from quality import RECIPES
 from readme import RESULTS, read, settings_of, write
 
 BEGIN, END = "<!-- quality: written by scripts/quality_report.py -->", "<!-- end of quality -->"
@@ -20,10 +21,11 @@ def markdown(result: dict[str, Any]) -> str:
     """One model's table: a row per stage or recipe, perplexity (bits per weight) per bits."""
     records = result["records"]
     fp16 = next(record for record in records if record["row"] == "fp16")
-    group = next(record["group"] for record in records if record["group"])
+    groups = {record["group"] for record in records if record["row"] not in ("fp16", *RECIPES.values())}
+    plain = "".join(f", g = {group} but for recipes" for group in sorted(groups))
     bits = sorted({record["bits"] for record in records} - {16}, reverse=True)
     lines = [
-        f"**{result['model']}**, g = {group}, fp16 {fp16['ppl']:.2f} ({settings_of(result, fp16['windows'])}):",
+        f"**{result['model']}**{plain}, fp16 {fp16['ppl']:.2f} ({settings_of(result, fp16['windows'])}):",
         "",
         "| recipe or flags | " + " | ".join(f"{b:g} bits" for b in bits) + " |",
         "|---|" + "---|" * len(bits),

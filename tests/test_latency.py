@@ -7,7 +7,7 @@ import torch
 
 from lutq import latency
 from lutq.config import LayerConfig
-from lutq.journal import Journal
+from lutq.journal import Journal, StaleRunError
 from lutq.latency import Product, Times, from_json, measure, record, time_plain, to_json, words
 
 LAYERS = [LayerConfig(2, 64), LayerConfig(4, 0, "uniform"), LayerConfig(1, 32, offsets=False), LayerConfig(3, 128)]
@@ -28,6 +28,20 @@ def test_each_product_is_measured_once_and_kept(tmp_path, monkeypatch):
     journal, count = Journal(tmp_path, {}, ""), len(calls)
     assert measure(products, torch.device("cpu"), journal) == first
     assert len(calls) == count, "measured again"
+    journal.close()
+
+
+def test_times_of_another_device_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "time_plain", lambda product, device: 1.0)
+    journal = Journal(tmp_path, {}, "start again")
+    measure([Product(64, 96, LAYERS[0])], torch.device("cpu"), journal)
+    journal.close()
+    journal = Journal(tmp_path, {}, "start again")
+    monkeypatch.setattr(latency, "device_name", lambda device: "CPU, 77 threads")
+    measure([], torch.device("cpu"), journal)
+    monkeypatch.setattr(latency, "device_name", lambda device: "NVIDIA X")
+    with pytest.raises(StaleRunError, match=r"timed on CPU, .* and this is NVIDIA X \(backend reference\): start again$"):
+        measure([], torch.device("cpu"), journal)
     journal.close()
 
 

@@ -421,7 +421,7 @@ def test_target_counts_corrections(tiny, tmp_path, monkeypatch, scale_bits):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"outliers": 5}, "outliers must be a percentage up to 3.0, where they cost as much as a bit more; not 5.0"),
+        ({"outliers": 5}, "outliers must be a percentage up to 3.0, where they cost a bit a weight; not 5.0"),
         ({"target_ms": 1.0, "low_rank": 2}, "target_ms counts the products with planes and low_rank adds others"),
         ({"target_ms": 1.0, "outliers": 1.0}, "target_ms counts the products with planes and outliers adds others"),
         ({"bits": 4, "lowest_bits": 2, "outliers": 1.0}, "outliers corrects one precision and lowest_bits asks for several"),

@@ -80,7 +80,8 @@ def time_kinds(engine: Engine, count: int) -> dict[str, float]:
 
     Kernels of different kinds overlap a little, so the sum is not the time of a step. Several ranks (lutq/parallel) have one kind
     more, `communication`: sums over the ranks and the gathered logits, without waiting for a rank that has more to do. Sums may
-    be part of elementwise kernels, so it is what these take longer with all that is exchanged.
+    be part of elementwise kernels, so it is what these take longer with all that is exchanged (by
+    more blocks then).
     """
     functions, ranks, inboxes, found = engine.functions, engine.ranks, engine.inboxes, {}
     for kind in (*KINDS, *(["communication"] if current().world > 1 else [])):

@@ -78,8 +78,9 @@ def connect(ranks: Ranks, device: torch.device, most: int) -> Inboxes | None:
     if ranks.least(int(None not in addresses)):
         return Inboxes([address for address in addresses if address is not None], ranks.rank, most, device)
     if ranks.rank == 0:
+        reason = "cannot all write to each other's memory" if ranks.world <= MOST_RANKS else f"are more than {MOST_RANKS}"
         print(
-            f"lutq: the {ranks.world} GPUs cannot all write to each other's memory: NCCL sums over them, which takes longer",
+            f"lutq: the {ranks.world} GPUs {reason}: NCCL sums over them, which takes longer",
             file=sys.stderr,
             flush=True,
         )
