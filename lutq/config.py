@@ -34,8 +34,8 @@ class LayerConfig(NamedTuple):
     """How one Linear layer is stored, as a checkpoint's `quantization_config.modules` says for each.
 
     group: 0 is one group for the whole row. grid: `bcq` or `uniform`. offsets: every group has an offset, stored as
-    `offsets` (bcq) or `zero_points` (uniform). scale_bits: of each scale and offset, 16 or 8 (lutq/scales.py). outliers: weights
-    of each row that are corrected beside the planes, and rank: of the low-rank correction (lutq/residual.py).
+    `offsets` (bcq) or `zero_points` (uniform). scale_bits: of each scale and offset, 16 or 8 (lutq/scales.py).
+    outliers_per_row: weights that are corrected beside the planes. low_rank: rank of a correction of all (lutq/residual.py).
     """
 
     bits: int
@@ -43,17 +43,17 @@ class LayerConfig(NamedTuple):
     grid: str = "bcq"
     offsets: bool = True
     scale_bits: int = 16
-    outliers: int = 0
-    rank: int = 0
+    outliers_per_row: int = 0
+    low_rank: int = 0
 
     @property
     def corrected(self) -> bool:
         """Whether there is anything beside the planes."""
-        return self.outliers > 0 or self.rank > 0
+        return self.outliers_per_row > 0 or self.low_rank > 0
 
     def bare(self) -> "LayerConfig":
         """The layer without corrections."""
-        return self._replace(outliers=0, rank=0)
+        return self._replace(outliers_per_row=0, low_rank=0)
 
     def to_dict(self) -> dict[str, Any]:
         """As `quantization_config.modules` has it: what version 1 does not know only where it is not the default."""
@@ -261,7 +261,8 @@ class QuantConfig:
         if self.low_rank * (N + K) > N * K:
             most = N * K // (N + K)
             raise LutqError(f"low_rank is {self.low_rank} and {name} has {N} outputs of {K} inputs: use {most} at most")
-        return {"outliers": max(1, round(K * self.outliers / 100)) if self.outliers else 0, "rank": self.low_rank}
+        count = max(1, round(K * self.outliers / 100)) if self.outliers else 0
+        return {"outliers_per_row": count, "low_rank": self.low_rank}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as saved in a checkpoint."""

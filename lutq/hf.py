@@ -82,7 +82,7 @@ class LutqConfig(QuantizationConfigMixin):
             check_bits(layer.bits, f"{where}.bits")
             check_group(layer.group, f"{where}.group")
             check_scale_bits(layer.scale_bits, f"{where}.scale_bits")
-            counts = (layer.outliers, layer.rank)
+            counts = (layer.outliers_per_row, layer.low_rank)
             known = layer.grid in ("bcq", "uniform") and type(layer.offsets) is bool
             if not known or any(type(count) is not int or count < 0 for count in counts):
                 raise LutqError(f"{where} has values this version does not know: {layer._asdict()}: pip install --upgrade lutq")

@@ -47,13 +47,13 @@ NOTHING = Residual()
 def residual_shapes(N: int, K: int, layer: LayerConfig) -> dict[str, tuple]:
     """Tensor name -> (shape, dtype) of the corrections of W [N, K]."""
     shapes: dict[str, tuple] = {}
-    if layer.outliers:
-        places = (N, layer.outliers)
+    if layer.outliers_per_row:
+        places = (N, layer.outliers_per_row)
         shapes["outlier_values"] = places, torch.float16
         shapes["outlier_columns"] = places, torch.int16 if K <= SHORT else torch.int32
-    if layer.rank:
-        shapes["low_rank_left"] = (N, layer.rank), torch.float16
-        shapes["low_rank_right"] = (layer.rank, K), torch.float16
+    if layer.low_rank:
+        shapes["low_rank_left"] = (N, layer.low_rank), torch.float16
+        shapes["low_rank_right"] = (layer.low_rank, K), torch.float16
     return shapes
 
 
@@ -61,7 +61,7 @@ def costs(layers: Iterable[tuple[int, int, LayerConfig]]) -> dict[str, str]:
     """What the corrections of quantized layers (N, K, settings) are and take, as title -> words; nothing where there are none."""
     layers = list(layers)
     weights, found = sum(N * K for N, K, _ in layers), {}
-    for title, field, words in (("outliers", "outliers", "{} weights of each row"), ("low rank", "rank", "rank {}")):
+    for title, field, words in (("outliers", "outliers_per_row", "{} weights of each row"), ("low rank", "low_rank", "rank {}")):
         counts = sorted({getattr(layer, field) for _, _, layer in layers})
         bits = 0
         for N, K, layer in layers:
@@ -157,11 +157,11 @@ def correct(
     common [N, K]: about what A B will be. Without it V would first take from A B what it can.
     """
     values = left = right = None
-    if layer.rank:
+    if layer.low_rank:
         V = torch.zeros_like(E)
         if columns is not None:
             V.scatter_(1, columns, outlier_values(E - common, H, columns))
-        left, right = (factor.half() for factor in low_rank(E - V, H, layer.rank))
+        left, right = (factor.half() for factor in low_rank(E - V, H, layer.low_rank))
         E = E - left.float() @ right.float()
     if columns is not None:
         values = outlier_values(E, H, columns).half()
@@ -187,12 +187,12 @@ def fit_corrected(
     g: inputs of a group. H: second moments [K, K] of the inputs, or None. fit: a matrix -> its planes; dense: those as a matrix.
     """
     common = torch.zeros_like(W)
-    if layer.rank:
-        left, right = low_rank(W, H, layer.rank)
+    if layer.low_rank:
+        left, right = low_rank(W, H, layer.low_rank)
         common = left @ right
     target, columns = W - common, None
-    if layer.outliers:
-        columns = outlier_columns(target, g, layer.outliers)
+    if layer.outliers_per_row:
+        columns = outlier_columns(target, g, layer.outliers_per_row)
         target = without_outliers(target, g, columns)
     tries = []
     for planes, start in ((fit(W), torch.zeros_like(W)), (fit(target), common)):

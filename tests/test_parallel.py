@@ -39,6 +39,7 @@ from lutq.parallel.load import load_part
 from lutq.parallel.ranks import ALONE, Ranks, join, side_by_side
 from lutq.parallel.score import Scorer
 from lutq.parallel.split import Part, check_split, part_layer, part_of, share
+from lutq.parallel.watch import Watch
 
 CPU = torch.device("cpu")
 CASES = [(name, how, world) for name in MODELS for how in ("plain", "bcq") for world in (2, 4)]
@@ -440,6 +441,20 @@ def test_a_killed_process_ends_all(checkpoint, start_ranks, tmp_path, victim):
     assert said.count("lutq:") == 1, said
     assert f"lutq: process {victim} of 2 ended without a word" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("second", "words"), [(0, "process 0 of 2 ended"), (None, "torchrun has ended")])
+def test_a_store_that_ends_between_two_looks(second, words):
+    """As when rank 0 is killed just after it was looked for: rank 1 has to say so."""
+
+    class Ended:
+        def check(self, keys):
+            raise RuntimeError("Connection was likely closed")
+
+    watch, looks = object.__new__(Watch), iter([None, second])
+    watch.ranks, watch.speaker, watch.store, watch.ended = Ranks(1, 2), 0, Ended(), lambda milliseconds: next(looks)
+    assert words in watch.reason(0.1)
+    assert watch.speaker == (1 if second == 0 else 0)
 
 
 @pytest.mark.parametrize("whom", [(0, 1), (1,)])

@@ -29,10 +29,10 @@ from lutq.tunable import Tunable
 
 SMALL = {"calib_windows": 4, "calib_length": 32, "rounds": 1, "sweeps": 1, "iterations": 1}
 LAYERS = [
-    LayerConfig(2, 32, outliers=3),
-    LayerConfig(3, 64, "uniform", rank=4),
-    LayerConfig(1, 0, "bcq", False, outliers=1, rank=2),
-    LayerConfig(2, 32, scale_bits=8, outliers=2, rank=2),
+    LayerConfig(2, 32, outliers_per_row=3),
+    LayerConfig(3, 64, "uniform", low_rank=4),
+    LayerConfig(1, 0, "bcq", False, outliers_per_row=1, low_rank=2),
+    LayerConfig(2, 32, scale_bits=8, outliers_per_row=2, low_rank=2),
 ]
 LIMITS = {torch.float32: 2e-6, torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8}
 
@@ -46,8 +46,8 @@ def random_residual(N, K, layer, seed=0):
     random = torch.Generator().manual_seed(seed)
     shapes = residual.residual_shapes(N, K, layer)
     tensors = {name: (0.5 * torch.randn(shape, generator=random)).to(dtype) for name, (shape, dtype) in shapes.items()}
-    if layer.outliers:
-        places = torch.rand(N, K, generator=random).topk(layer.outliers).indices.sort(1).values
+    if layer.outliers_per_row:
+        places = torch.rand(N, K, generator=random).topk(layer.outliers_per_row).indices.sort(1).values
         tensors["outlier_columns"] = places.to(tensors["outlier_columns"].dtype)
     return Residual(**tensors)
 
@@ -108,7 +108,7 @@ def test_product(dtype, layer):
 
 def test_memory_of_a_product_is_bounded():
     """No tensor on the way has more numbers than W or y, however many rows there are."""
-    layer, sizes = LayerConfig(2, 0, outliers=5), []
+    layer, sizes = LayerConfig(2, 0, outliers_per_row=5), []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -178,7 +178,7 @@ def test_the_error_is_never_larger_than_without(method, outliers, rank, scale_bi
         W, H = problem(N, K)
         config = QuantConfig(bits=bits, group=group, method=method, scale_bits=scale_bits, **SMALL)
         bare = config.layer("fc1")
-        layer = bare._replace(outliers=outliers, rank=rank)
+        layer = bare._replace(outliers_per_row=outliers, low_rank=rank)
         about = f"{method=} {N=} {K=} {bits=} {group=} {layer=}"
         if method == "feedback":
             (with_, _, after), (without, _, _) = (solve_layer(W, H, one, config) for one in (layer, bare))
@@ -210,7 +210,7 @@ def test_both_corrections_find_what_was_put_in():
         for metric in (H, None):
             errors = {}
             for counts in ((0, 0), (2, 0), (0, 2), (2, 2)):
-                layer = LayerConfig(2, 64, outliers=counts[0], rank=counts[1])
+                layer = LayerConfig(2, 64, outliers_per_row=counts[0], low_rank=counts[1])
                 alternating = QuantConfig(bits=2, group=64)
                 form = fit(W, layer, alternating) if metric is None else solve_layer(W, metric, layer, config)[0]
                 errors[counts] = squared(W - weight(form, layer, K), metric)
@@ -223,7 +223,7 @@ def test_wide_layers_have_wider_columns():
     for K, dtype in ((32768, torch.int16), (32769, torch.int32)):
         W = torch.zeros(1, K)
         W[0, -1] = 1.0
-        layer = LayerConfig(1, 0, outliers=1)
+        layer = LayerConfig(1, 0, outliers_per_row=1)
         assert residual.residual_shapes(1, K, layer)["outlier_columns"] == ((1, 1), dtype), K
         form = fit(W, layer, QuantConfig(bits=1, group=0, method="greedy"))
         assert form.residual.outlier_columns.dtype == dtype, K
@@ -247,10 +247,10 @@ def test_corrections_keep_their_bits(layer):
     other.load_state_dict(module.state_dict())
     x = gaussian(3, 100)
     assert torch.equal(other(x), module.float()(x)), f"{layer=}"
-    assert f"outliers={layer.outliers}" in repr(module) or not layer.outliers, repr(module)
+    assert f"outliers_per_row={layer.outliers_per_row}" in repr(module) or not layer.outliers_per_row, repr(module)
 
 
-@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[3], LayerConfig(3, 32, rank=2)], ids=str)
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[3], LayerConfig(3, 32, low_rank=2)], ids=str)
 def test_tuning_sees_the_corrections(layer):
     """Outputs and gradients of x are those of the whole W; scales are tuned beside corrections that stay."""
     N, K = 6, 100
@@ -382,7 +382,7 @@ def in_kernel_order(layer, seed=0):
 
 def test_the_fast_engine_asks_corrected_layers_themselves():
     """Layers in kernel order are read as planes only where there is nothing beside these, alone and joined."""
-    bare, corrected = LayerConfig(3, 32), LayerConfig(3, 32, outliers=2)
+    bare, corrected = LayerConfig(3, 32), LayerConfig(3, 32, outliers_per_row=2)
     assert isinstance(product_of(in_kernel_order(bare)), Packed)
     assert isinstance(product_of(in_kernel_order(corrected)), Module)
     assert [type(one) for one in join([in_kernel_order(bare, i) for i in range(3)])] == [Packed]
@@ -415,7 +415,9 @@ def test_target_counts_corrections(tiny, tmp_path, monkeypatch, scale_bits):
     for unit in units:
         choice = next(choice for choice in unit.choices if choice.bits == chosen[unit.names[0]].layer.bits)
         assert choice.size == 8 * sum(chosen[name].nbytes for name in unit.names), unit.names
-    assert all(module.layer.outliers for module in lutq.load(out, device="cpu").modules() if isinstance(module, LutLinear))
+    assert all(
+        module.layer.outliers_per_row for module in lutq.load(out, device="cpu").modules() if isinstance(module, LutLinear)
+    )
 
 
 @pytest.mark.parametrize(
@@ -438,7 +440,7 @@ def test_what_does_not_fit(tiny, tmp_path, monkeypatch):
         quantize_checkpoint(tiny("opt"), tmp_path / "out", QuantConfig(low_rank=49), device="cpu")
     settings = {"bits": 2, "method": "greedy", "outliers": 0.01, "low_rank": 48}
     out, report = quantized(tiny("opt"), tmp_path / "out", settings)
-    assert {layer.layer.outliers for layer in report.layers} == {1}, "one in every row at least"
+    assert {layer.layer.outliers_per_row for layer in report.layers} == {1}, "one in every row at least"
     monkeypatch.setattr(lutq.hf, "current", lambda: Ranks(0, 2))
     with pytest.raises(LutqError, match="has corrections beside its planes, which processes cannot share: use one"):
         lutq.load(out, device="cpu")
@@ -446,10 +448,10 @@ def test_what_does_not_fit(tiny, tmp_path, monkeypatch):
     config = json.loads((out / "config.json").read_text())
     name = report.layers[0].name
     for change, words in (
-        ({"outliers": -1}, "values this version does not know"),
-        ({"rank": True}, "values this version does not know"),
-        ({"outliers": 2}, f"config.json asks for {name}.outlier_values of shape"),
-        ({"rank": 0}, f"{name}.low_rank_left is not a tensor this version of lutq knows"),
+        ({"outliers_per_row": -1}, "values this version does not know"),
+        ({"low_rank": True}, "values this version does not know"),
+        ({"outliers_per_row": 2}, f"config.json asks for {name}.outlier_values of shape"),
+        ({"low_rank": 0}, f"{name}.low_rank_left is not a tensor this version of lutq knows"),
         ({"corrections": 1}, "modules is not as lutq writes it"),
     ):
         fields = config["quantization_config"]["modules"][name]

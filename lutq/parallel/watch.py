@@ -70,6 +70,8 @@ class Watch(threading.Thread):
         try:
             said = self.sentence()
         except RuntimeError:
+            if gone is None:  # rank 0, which may hold the store, may have ended between the two looks
+                gone = self.ended(1000 * LAST)
             said = "torchrun has ended: all have stopped" if gone is None else None
         if said is not None or gone is None:
             return said

@@ -21,8 +21,8 @@ def corrected_layer(N, K, layer):
     random = torch.Generator().manual_seed(0)
     shapes = residual_shapes(N, K, layer)
     tensors = {name: (0.3 * torch.randn(shape, generator=random)).to(dtype) for name, (shape, dtype) in shapes.items()}
-    if layer.outliers:
-        places = torch.rand(N, K, generator=random).topk(layer.outliers).indices.sort(1).values
+    if layer.outliers_per_row:
+        places = torch.rand(N, K, generator=random).topk(layer.outliers_per_row).indices.sort(1).values
         tensors["outlier_columns"] = places.to(tensors["outlier_columns"].dtype)
     residual = Residual(**{name: tensor.cuda() for name, tensor in tensors.items()})
     packed = Corrected(random_packed(N, K, layer, device="cuda"), residual)
@@ -36,7 +36,7 @@ def corrected_layer(N, K, layer):
 @pytest.mark.parametrize(("outliers", "rank"), [(5, 0), (0, 8), (5, 8)])
 def test_products_also_in_a_graph(dtype, outliers, rank):
     for bits, grid, (N, K) in ((3, "bcq", (96, 1000)), (2, "bcq", (1024, 4096)), (4, "uniform", (256, 512))):
-        module, W = corrected_layer(N, K, LayerConfig(bits, 128, grid, outliers=outliers, rank=rank))
+        module, W = corrected_layer(N, K, LayerConfig(bits, 128, grid, outliers_per_row=outliers, low_rank=rank))
         module = module.to(dtype)
         assert torch.equal(module.dequantize().double(), W)
         for M in (1, 4, 8, 64, 500):
