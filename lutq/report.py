@@ -52,12 +52,11 @@ class CalibrationReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Run:
     """Figures of one run. Sizes in bytes, time in seconds of this process; `kept` names Linear layers left as they are."""
 
     source: str
     out: Path
-    config: QuantConfig
     layers: list[LayerReport]
     kept: list[str]
     ignored: list[str]
@@ -65,6 +64,13 @@ class Report:
     bytes_after: int
     parameters: int
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(Run):
+    """Figures of one run of `lutq quantize`."""
+
+    config: QuantConfig
     peak: str
     calibration: CalibrationReport | None = None
     latency: dict[str, Any] | None = None
@@ -116,22 +122,13 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversion:
-    """Figures of one run of `lutq convert`. Sizes in bytes, time in seconds; kind: the source's quant_method; `ordered` names the
-    layers with inputs in an order of their own, `kept` Linear layers left as they are.
+class Conversion(Run):
+    """Figures of one run of `lutq convert`. kind: the source's quant_method; `ordered` names layers whose inputs have an order of
+    their own.
     """
 
-    source: str
-    out: Path
     kind: str
-    layers: list[LayerReport]
     ordered: list[str]
-    kept: list[str]
-    ignored: list[str]
-    bytes_before: int
-    bytes_after: int
-    parameters: int
-    seconds: float
 
     def body(self) -> list[tuple[str, ...]]:
         """A row per kind of layer, bits and group, in order of appearance."""

@@ -5,18 +5,16 @@ import json
 
 import pytest
 import torch
-from conftest import MODELS, build_model, copy_tokenizer, random_packed
+from conftest import random_packed
+from engines import check_engines, quantize_deep
 from safetensors.torch import load_file, save_file
 
 from lutq.config import LayerConfig, QuantConfig
-from lutq.generate import Sampling, generate
 from lutq.hf import load
 from lutq.linear import LutLinear
 from lutq.ordered import OrderedLinear
 from lutq.pack import dequantize
-from lutq.quantize import quantize_checkpoint
 from lutq.source import read_json
-from lutq.tokens import load_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -64,27 +62,11 @@ def put_in_order(folder):
 
 def test_engines(tmp_path, monkeypatch):
     """Each engine gives the text of the reference on the CPU."""
-    kind, fields = MODELS["deep"]
-    monkeypatch.setitem(MODELS, "deep", (kind, fields | {"intermediate_size": 184}))  # the fast engine takes multiples of 8
-    (tmp_path / "in").mkdir()
-    build_model("deep").half().save_pretrained(tmp_path / "in")
-    copy_tokenizer(tmp_path / "in")
-    # 184 inputs are no whole words
     settings = QuantConfig(bits=4, group=32, method="rtn", overrides={"down_proj": {"skip": True}})
-    quantize_checkpoint(tmp_path / "in", tmp_path / "out", settings, device="cpu")
-    put_in_order(tmp_path / "out")
-    model = load(tmp_path / "out", device="cuda")
+    folder = quantize_deep(monkeypatch, tmp_path, settings)
+    put_in_order(folder)
+    model = load(folder, device="cuda")
     ordered = [module for module in model.modules() if isinstance(module, LutLinear)]
     assert ordered
     assert all(type(module) is OrderedLinear for module in ordered)
-    tokens = torch.arange(3, 19, device="cuda")[None]
-    with torch.no_grad():
-        wanted = load(tmp_path / "out", device="cpu")(tokens.cpu()).logits
-        error = ((model(tokens).logits.float().cpu() - wanted).norm() / wanted.norm()).item()
-    assert error < 2e-2, f"{error=}"
-    tokenizer = load_tokenizer(tmp_path / "out")
-    texts = {
-        engine: generate(model, tokenizer, "a b", Sampling(max_new_tokens=16, temperature=0.0), engine=engine).text
-        for engine in ("plain", "graph", "fast")
-    }
-    assert len(set(texts.values())) == 1, texts
+    check_engines(folder, model, ("plain", "graph", "fast"))

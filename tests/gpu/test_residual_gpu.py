@@ -2,17 +2,15 @@
 
 import pytest
 import torch
-from conftest import MODELS, build_model, copy_tokenizer, random_packed
+from conftest import random_packed
+from engines import check_engines, quantize_deep
 
 from lutq.config import LayerConfig, QuantConfig
 from lutq.decode.products import Module, product_of
-from lutq.generate import Sampling, generate
 from lutq.hf import load
 from lutq.linear import LutLinear
 from lutq.pack import Corrected, weight
-from lutq.quantize import quantize_checkpoint
 from lutq.residual import Residual, residual_shapes
-from lutq.tokens import load_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -64,25 +62,9 @@ def test_products_also_in_a_graph(dtype, outliers, rank):
 
 def test_engines(tmp_path, monkeypatch):
     """Each engine, and `auto`, gives the text of the plain loop; logits are those of the reference on the CPU."""
-    kind, fields = MODELS["deep"]
-    monkeypatch.setitem(MODELS, "deep", (kind, fields | {"intermediate_size": 184}))  # the fast engine takes multiples of 8
-    (tmp_path / "in").mkdir()
-    build_model("deep").half().save_pretrained(tmp_path / "in")
-    copy_tokenizer(tmp_path / "in")
-    settings = QuantConfig(bits=4, group=32, outliers=2.0, low_rank=4)
-    quantize_checkpoint(tmp_path / "in", tmp_path / "out", settings, device="cpu")
-    model = load(tmp_path / "out", device="cuda")
+    folder = quantize_deep(monkeypatch, tmp_path, QuantConfig(bits=4, group=32, outliers=2.0, low_rank=4))
+    model = load(folder, device="cuda")
     layers = [module for module in model.modules() if isinstance(module, LutLinear)]
     assert layers
     assert all(module.layer.corrected and module.kernel_codes is not None for module in layers)
-    tokens = torch.arange(3, 19, device="cuda")[None]
-    with torch.no_grad():
-        wanted = load(tmp_path / "out", device="cpu")(tokens.cpu()).logits
-        error = ((model(tokens).logits.float().cpu() - wanted).norm() / wanted.norm()).item()
-    assert error < 2e-2, f"{error=}"
-    tokenizer = load_tokenizer(tmp_path / "out")
-    texts = {
-        engine: generate(model, tokenizer, "a b", Sampling(max_new_tokens=16, temperature=0.0), engine=engine).text
-        for engine in ("plain", "graph", "fast", "auto")
-    }
-    assert len(set(texts.values())) == 1, texts
+    check_engines(folder, model, ("plain", "graph", "fast", "auto"))
