@@ -327,9 +327,7 @@ def run_lut(found: ctypes.CDLL, a: Arguments, mode: int, gpu: Gpu) -> None:
     start(getattr(found, f"lutq_lut_gemm_{a.bits}bit"), a, mode, *plan(a.N, a.K, mode, a.bits, a.group, gpu))
 
 
-def run_gemv(
-    found: ctypes.CDLL, a: Arguments, how: GemvPlan, partial: torch.Tensor | None = None, source: Any = None
-) -> None:
+def run_gemv(found: ctypes.CDLL, a: Arguments, how: GemvPlan, partial: torch.Tensor | None = None, source: Any = None) -> None:
     """Launch lut_gemv on the current stream. With `partial` it leaves sums there and y as it is, and may make x of a source."""
     sums = ctypes.c_void_p(None if partial is None else partial.data_ptr())
     start(getattr(found, f"lutq_lut_gemv_{a.bits}bit"), a, sums, source, *how)

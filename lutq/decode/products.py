@@ -18,7 +18,6 @@ from lutq.config import LayerConfig
 from lutq.linear import LutLinear
 from lutq.prepack import PANEL, TILE
 
-
 MOMENT = 64  # numbers of an entry of moments
 
 
