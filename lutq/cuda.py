@@ -327,10 +327,10 @@ def run_lut(found: ctypes.CDLL, a: Arguments, mode: int, gpu: Gpu) -> None:
     start(getattr(found, f"lutq_lut_gemm_{a.bits}bit"), a, mode, *plan(a.N, a.K, mode, a.bits, a.group, gpu))
 
 
-def run_gemv(found: ctypes.CDLL, a: Arguments, how: GemvPlan, partial: torch.Tensor | None = None, source: Any = None) -> None:
-    """Launch lut_gemv on the current stream. With `partial` it leaves sums there and y as it is, and may make x of a source."""
+def run_gemv(found: ctypes.CDLL, a: Arguments, how: GemvPlan, partial: torch.Tensor | None = None) -> None:
+    """Launch lut_gemv on the current stream. With `partial` it leaves sums there and y as it is."""
     sums = ctypes.c_void_p(None if partial is None else partial.data_ptr())
-    start(getattr(found, f"lutq_lut_gemv_{a.bits}bit"), a, sums, source, *how)
+    start(getattr(found, f"lutq_lut_gemv_{a.bits}bit"), a, sums, *how)
 
 
 def run_fused(found: ctypes.CDLL, a: Arguments, rows: int, layer: LayerConfig, gpu: Gpu) -> None:
@@ -426,18 +426,11 @@ def sum_parts(ready: Prepacked, K: int, layer: LayerConfig, gpu: Gpu) -> int:
     return slabs(K) if takes_gemv(layer, gpu) and fits_packed(ready, layer) else 0
 
 
-def multiply_sums(
-    x: torch.Tensor | ctypes.Structure, ready: Prepacked, partial: torch.Tensor, N: int, K: int, layer: LayerConfig
-) -> None:
-    """Fill partial fp32 [sum_parts, N rounded up to 16] on the current stream: for x [1, K], y = their sum in order + bias.
-
-    x may be a `Source` of kernels/lut_gemv.cuh, of which the kernel makes it.
-    """
-    gpu, source = properties(partial.device), None if isinstance(x, torch.Tensor) else ctypes.byref(x)
-    x = aligned(x) if isinstance(x, torch.Tensor) else torch.empty(1, K, device="meta")
+def multiply_sums(x: torch.Tensor, ready: Prepacked, partial: torch.Tensor, N: int, layer: LayerConfig) -> None:
+    """Fill partial fp32 [sum_parts, N rounded up to 16] on the current stream: for x [1, K], y = their sum in order + bias."""
+    x, gpu = aligned(x), properties(x.device)
     a = arguments(x, ready, None, partial[:1, :N], layer)
-    how = GemvPlan(min(gpu.processors, 2 * ceil(N / TILE) * slabs(K)), 1)
-    run_gemv(kernels(partial.device), a, how, partial, source)
+    run_gemv(kernels(x.device), a, GemvPlan(min(gpu.processors, 2 * ceil(N / TILE) * slabs(a.K)), 1), partial)
 
 
 def multiply_dense(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> None:

@@ -1,7 +1,6 @@
 """Products y = x W^T + bias into given memory, and several with the same x joined into one without a second copy of W.
 
-For one row of x a product may leave y unfinished (`Sums`): to finish it costs whoever reads it less. Such a product may also
-make x itself, of what other products have left (`Normed`, `Activated`).
+For one row of x a product may leave y unfinished (`Sums`): to finish it costs whoever reads it less.
 
 Layers in kernel order (lutq/prepack.py) lie in panels of 64 rows: where all but the last have a multiple of 64 outputs, the
 panels of all of them one after the other are one layer. The layers keep slices of the joint tensor, so state dicts stay as they
@@ -9,7 +8,7 @@ are. Linear layers are joined in the same way by rows.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,58 +17,25 @@ from lutq.config import LayerConfig
 from lutq.linear import LutLinear
 from lutq.prepack import PANEL, TILE
 
-MOMENT = 64  # numbers of an entry of moments
-
-
-class Norming(NamedTuple):
-    """What a norm of v [1, inputs] has still to do to the product of v * weight: factor * (product - mean * tilt).
-
-    moments fp32 [ceil(inputs / 64), 2]: of every 64 numbers of v their mean (0 for RMSNorm), and the sum of squares of the
-    differences from it. tilt fp32 [N] = W weight for a LayerNorm, else None; its W bias is part of the product's bias.
-    """
-
-    moments: torch.Tensor
-    tilt: torch.Tensor | None
-    inputs: int
-    eps: float
-
-    def split(self, sizes: Sequence[int]) -> list["Norming"]:
-        """Of parts of the product."""
-        tilts = [None] * len(sizes) if self.tilt is None else self.tilt.split(list(sizes))
-        return [self._replace(tilt=tilt) for tilt in tilts]
-
-    def __call__(self, product: torch.Tensor) -> torch.Tensor:
-        """The result, of the product fp32 [N]."""
-        means, squares = self.moments.unbind(1)
-        counts = torch.full_like(means, MOMENT)
-        counts[-1] -= counts.numel() * MOMENT - self.inputs
-        mean = (counts * means).sum() / self.inputs
-        variance = (squares + counts * (means - mean).square()).sum() / self.inputs
-        tilted = product if self.tilt is None else product - mean * self.tilt.view_as(product)
-        return torch.rsqrt(variance + self.eps) * tilted
-
 
 class Sums(NamedTuple):
-    """A result [1, N] = by(slabs[0] + slabs[1] + ...) + bias, in this order: slabs fp32 [S, N], bias [N] or None.
+    """A result [1, N] = slabs[0] + slabs[1] + ... + bias, in this order: slabs fp32 [S, N], bias [N] or None.
 
     Slabs are `padded(N)` numbers apart, of the N of a whole product. Parts are made as of the tensor that it stands for.
     """
 
     slabs: torch.Tensor
     bias: torch.Tensor | None
-    by: Norming | None = None
 
     def split(self, sizes: Sequence[int], dim: int) -> list["Sums"]:
         """See torch.split."""
-        none = [None] * len(sizes)
-        biases = none if self.bias is None else self.bias.split(list(sizes), dim - 1)
-        norms = none if self.by is None else self.by.split(sizes)
-        return [Sums(*parts) for parts in zip(self.slabs.split(list(sizes), dim), biases, norms, strict=True)]
+        biases = [None] * len(sizes) if self.bias is None else self.bias.split(list(sizes), dim - 1)
+        return [Sums(*parts) for parts in zip(self.slabs.split(list(sizes), dim), biases, strict=True)]
 
     def unflatten(self, dim: int, sizes: Sequence[int]) -> "Sums":
         """See torch.unflatten."""
         bias = None if self.bias is None else self.bias.unflatten(dim - 1, sizes)
-        return Sums(self.slabs.unflatten(dim, sizes), bias, self.by)
+        return Sums(self.slabs.unflatten(dim, sizes), bias)
 
     def memory(self) -> torch.Tensor:
         """What a product fills, [S, padded(N)]."""
@@ -79,39 +45,12 @@ class Sums(NamedTuple):
     def finished(self) -> torch.Tensor:
         """The result, fp32."""
         total = self.slabs[0].clone()
-        for slab in self.slabs[1:]:
+        for slab in (*self.slabs[1:], *([] if self.bias is None else [self.bias])):
             total += slab
-        if self.by is not None:
-            total = self.by(total)
-        return (total if self.bias is None else total + self.bias)[None]
+        return total[None]
 
 
 Result = torch.Tensor | Sums
-
-
-class Normed(NamedTuple):
-    """An input that a product makes itself: v * weight of v = h + y, all [1, K], y None for nothing.
-
-    v goes to `next`, which is not h, and its moments to `moments`; the norm is finished by who reads the product (`Norming`).
-    """
-
-    h: torch.Tensor
-    y: Result | None
-    weight: torch.Tensor
-    centered: bool
-    next: torch.Tensor
-    moments: torch.Tensor
-
-
-class Activated(NamedTuple):
-    """An input that a product makes itself: function(gate) * up, or function(gate)."""
-
-    function: str
-    gate: Result
-    up: Result | None
-
-
-Input = torch.Tensor | Normed | Activated
 
 
 def padded(N: int) -> int:
@@ -194,13 +133,11 @@ class Packed:
             return 0
         return sum_parts(self.ready, self.K, self.layer, properties(self.ready.codes.device))
 
-    def sums_into(self, x: Any, sums: torch.Tensor) -> None:
-        """Fill sums [slabs, padded(N)] fp32, contiguous, from x [1, K], or from what the kernel makes x of (`SourceArguments` of
-        steps.py); bias is left out. Allocates as little as `into`.
-        """
+    def sums_into(self, x: torch.Tensor, sums: torch.Tensor) -> None:
+        """Fill sums [slabs, padded(N)] fp32, contiguous, from x [1, K]; bias is left out. Allocates as little as `into`."""
         from lutq.cuda import multiply_sums
 
-        multiply_sums(x, self.ready, sums, self.N, self.K, self.layer)
+        multiply_sums(x, self.ready, sums, self.N, self.layer)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See Product."""
@@ -323,13 +260,6 @@ def place(products: Sequence[Product], slabs: int, M: int, memory: torch.Tensor)
         part, memory = memory[: rows * width].view(rows, width), memory[rows * width :]
         results.append(Sums(part[:, : product.N], product.bias) if slabs else part)
     return results
-
-
-def through(product: Product, slabs: int, vector: torch.Tensor) -> torch.Tensor:
-    """W vector fp32 [N], of a vector [K] and a product that leaves sums of so many slabs."""
-    memory = torch.empty(slabs, padded(product.N), dtype=torch.float32, device=vector.device)
-    product.sums_into(vector.float()[None], memory)
-    return memory[:, : product.N].sum(0)
 
 
 class Parts:

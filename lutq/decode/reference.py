@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lutq.decode.products import MOMENT, Activated, Input, Normed, Product, Result, Sums
+from lutq.decode.products import Product, Result, Sums
 from lutq.decode.shape import Shape
 from lutq.decode.weights import Norm
 from lutq.parallel.ranks import Ranks
@@ -54,27 +54,12 @@ def finished(y: Result) -> torch.Tensor:
     return y.finished() if isinstance(y, Sums) else y
 
 
-def multiply(product: Product, x: Input, y: Result) -> None:
-    """Fill y [M, N] = x [M, K] W^T + bias, or its sums. Where x is to be made, y takes sums."""
+def multiply(product: Product, x: torch.Tensor, y: Result) -> None:
+    """Fill y [M, N] = x [M, K] W^T + bias, or its sums."""
     if isinstance(y, Sums):
-        product.sums_into(made(x), y.memory())
+        product.sums_into(x, y.memory())
     else:
         product.into(x, y)
-
-
-def made(x: Input) -> torch.Tensor:
-    """An input [M, K], made if it was not."""
-    if isinstance(x, Activated):
-        v = FUNCTIONS[x.function](wide(finished(x.gate)))
-        return v if x.up is None else v * finished(x.up)
-    if isinstance(x, Normed):
-        v = x.h if x.y is None else x.h + finished(x.y)
-        x.next.copy_(v)
-        for chunk, moment in zip(v[0].split(MOMENT), x.moments, strict=True):
-            mean = chunk.mean() if x.centered else 0.0
-            moment[0], moment[1] = mean, (chunk - mean).square().sum()
-        return v * x.weight
-    return x
 
 
 def embed(
@@ -143,7 +128,8 @@ def attention(
 
 def activation(function: str, gate: Result, up: Result | None, y: torch.Tensor) -> None:
     """Fill y with f(gate) * up, or f(gate). All [M, F]."""
-    y.copy_(made(Activated(function, gate, up)))
+    v = FUNCTIONS[function](wide(finished(gate)))
+    y.copy_(v if up is None else v * finished(up))
 
 
 def choose(logits: torch.Tensor, token: torch.Tensor, position: torch.Tensor, last: int) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lutq.cuda import DTYPES, Gpu, kernels, properties, start
 from lutq.decode import reference
-from lutq.decode.products import Activated, Input, Normed, Product, Result, Sums
+from lutq.decode.products import Product, Result, Sums
 from lutq.decode.shape import Shape
 from lutq.decode.weights import Norm
 from lutq.parallel.inboxes import Inboxes, InboxesArguments, connect
@@ -29,12 +29,9 @@ LONG = 512  # tokens of a block, from which on clusters share a context: to sum 
 
 
 class ResultArguments(ctypes.Structure):
-    """`Result` of kernels/result.cuh."""
+    """`Result` of kernels/decode.cu."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("data", "bias", "moments", "tilt")),
-        *(("stride", ctypes.c_int64), ("slabs", ctypes.c_int), ("inputs", ctypes.c_int), ("eps", ctypes.c_float)),
-    )
+    _fields_ = (("data", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("stride", ctypes.c_int64), ("slabs", ctypes.c_int))
 
 
 FIELDS = (ResultArguments, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float)
@@ -79,15 +76,6 @@ class AttentionArguments(ctypes.Structure):
         "M heads kv_heads D capacity rows cluster spread dtype ahead",
         "scale",
     )
-
-
-class SourceArguments(ctypes.Structure):
-    """`Source` of kernels/lut_gemv.cuh."""
-
-    _fields_ = structure("first second", "h next weight moments", "", "kind centered function dtype")
-
-
-NORMED, ACTIVATED = 1, 2  # kinds of a source
 
 
 class Plan(NamedTuple):
@@ -146,19 +134,8 @@ def result(y: Result | None) -> ResultArguments:
     if y is None:
         return ResultArguments()
     if isinstance(y, Sums):
-        moments, tilt, inputs, eps = y.by or (None, None, 0, 0.0)
-        tensors = (address(tensor) for tensor in (y.slabs, y.bias, moments, tilt))
-        return ResultArguments(*tensors, y.slabs.stride(0), y.slabs.shape[0], inputs, eps)
-    return ResultArguments(address(y), stride=y.stride(0))
-
-
-def source(x: Normed | Activated, dtype: torch.dtype) -> SourceArguments:
-    """Of an input that a product makes, of numbers in a dtype."""
-    if isinstance(x, Activated):
-        place = {"kind": ACTIVATED, "function": FUNCTIONS[x.function], "dtype": DTYPES[dtype]}
-        return SourceArguments(result(x.gate), result(x.up), **place)
-    tensors = (address(tensor) for tensor in (x.h, x.next, x.weight, x.moments))
-    return SourceArguments(result(x.y), ResultArguments(), *tensors, NORMED, x.centered, 0, DTYPES[dtype])
+        return ResultArguments(address(y.slabs), address(y.bias), y.slabs.stride(0), y.slabs.shape[0])
+    return ResultArguments(address(y), None, y.stride(0), 0)
 
 
 class Kernels:
@@ -197,12 +174,9 @@ class Kernels:
         finally:
             self.ahead = False
 
-    def multiply(self, product: Product, x: Input, y: Result) -> None:
+    def multiply(self, product: Product, x: torch.Tensor, y: Result) -> None:
         """See reference.py."""
-        if isinstance(x, torch.Tensor):
-            reference.multiply(product, x, y)
-        else:
-            product.sums_into(source(x, self.dtype), y.memory())
+        reference.multiply(product, x, y)
 
     def inboxes(self, ranks: Ranks) -> Inboxes | None:
         """Of these ranks: `norm` then sums y over them. None for ranks that are alone or cannot, which rank 0 says."""
