@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from lutq import blocks, endloss
+from lutq import blocks, calibrate, endloss
 from lutq.blocks import Blocks
 from lutq.config import QuantConfig
 from lutq.endloss import hessians, normalized, squared_gradients, token_weights
@@ -152,3 +152,25 @@ def test_layer_that_sees_tokens_twice(tiny):
     attention.k_proj = attention.q_proj
     with pytest.raises(LutqError, match=r"end_loss needs layers that see every token once, and .*0\.self_attn\.q_proj does not"):
         squared_gradients(walk, tokens(2, 6), [f"{walk.name(0)}.self_attn.q_proj"], seed=0)
+
+
+class Crash(BaseException):
+    """Power is cut."""
+
+
+def test_source_changed_behind_the_weights(tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny("llama"), tmp_path / "model")
+    with monkeypatch.context() as patch:
+
+        def dying(*_):
+            raise Crash
+
+        patch.setattr(calibrate, "solve_layer", dying)
+        with pytest.raises(Crash):
+            quantize_checkpoint(tmp_path / "model", tmp_path / "out", QuantConfig(**SMALL), device="cpu")
+    assert (tmp_path / "out.partial" / "calibration" / "end-loss").exists()
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state["model.layers.1.self_attn.q_proj.weight"][0, 0] += 1e-3  # block 0, which is solved first, is what it was
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LutqError, match=r"the source changed since the unfinished run in .* \(at block 1\)"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", QuantConfig(**SMALL), device="cpu")
