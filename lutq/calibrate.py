@@ -20,17 +20,18 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from lutq.blocks import Blocks, input_stages, visit_inputs
+from lutq.blocks import Blocks, input_stages
 from lutq.calib import LONGEST, OWN, Calibration, read_calibration
 from lutq.config import LayerConfig, QuantConfig
+from lutq.endloss import hessians, token_weights
 from lutq.errors import LutqError
 from lutq.fit import solve_layer
-from lutq.hessian import accumulate, damp
+from lutq.hessian import damp
 from lutq.journal import Journal, fingerprint
 from lutq.pack import PARTS, EightBit, Stored, bare, from_tensors, highest, to_tensors
 from lutq.refine import Tuner, block_error, divergence
 from lutq.report import CalibrationReport
-from lutq.runtime import progress_interval
+from lutq.runtime import out_of_memory, progress_interval
 from lutq.samples import write_windows
 from lutq.store import FOLDER, Store
 from lutq.transform import scale_block, scaled
@@ -44,8 +45,8 @@ class Calibrated:
     """What calibration made of a model. packed: quantized layers. vectors: tensors tuned on the way, by name, fp32.
 
     scales: what was folded into layers before their fit, as `lutq.transform.scaled` takes it. errors: layer -> relative output
-    error on the calibration text of the plain fit and of this one. distilled: see `CalibrationReport`. text: the calibration
-    text in words.
+    error on the calibration text of the plain fit and of this one. distilled, weighted: see `CalibrationReport`. text: the
+    calibration text in words.
     """
 
     packed: dict[str, Stored] = dataclasses.field(default_factory=dict)
@@ -54,6 +55,7 @@ class Calibrated:
     errors: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     distilled: tuple[float, float] | None = None
     text: str = ""
+    weighted: bool = False
 
     def layer(self, name: str, device: torch.device) -> Stored | None:
         """A quantized layer on `device`; None for one that calibration left to its plain fit."""
@@ -70,7 +72,7 @@ class Calibrated:
             return None
         pairs = self.errors.values()
         before, after = (math.sqrt(sum(pair[i] ** 2 for pair in pairs) / max(len(pairs), 1)) for i in (0, 1))
-        return CalibrationReport(self.text, before, after, self.distilled)
+        return CalibrationReport(self.text, before, after, self.distilled, self.weighted)
 
 
 def calibration_for(path: Path, model_config: Any, config: QuantConfig) -> Calibration | None:
@@ -119,11 +121,13 @@ def calibrate(
 ) -> Calibrated:
     """Quantize the Linear layers that `layers` names (those outside the blocks are left to the caller) of the model in `path`.
 
-    The model lies in host memory, its current block in fp32 on `device`. Raises LutqError.
+    The model lies in host memory, its current block in fp32 on `device`; for end_loss it was there as a whole before. Raises
+    LutqError.
     """
-    walk = Blocks(load_host(path, device), device)
-    result = Calibrated(text=calibration.describe())
     store = Store(partial / FOLDER, journal)
+    weights, digests = end_loss_weights(path, layers, config, calibration.windows, device, store)
+    walk = Blocks(load_host(path, device), device)
+    result = Calibrated(text=calibration.describe(), weighted=config.end_loss)
     hidden = walk.embed(calibration.windows)
     streams = {"quantized": hidden, "original": hidden}
     done = store.blocks()
@@ -132,6 +136,8 @@ def calibrate(
     with tqdm(total=len(walk), unit="block", mininterval=progress_interval()) as bar:
         for i in range(len(walk)):
             digest = block_digest(walk.blocks[i])
+            if digests:
+                store.check(i, digest, digests[i])
             walk.blocks[i].to(device, torch.float32)
             if i < done:
                 figures = store.figures(i, digest)
@@ -139,7 +145,7 @@ def calibrate(
                 install(walk, i, layers, kept["block"])
                 scales = kept["scales"]
             else:
-                figures, streams, scales = calibrate_block(walk, i, streams, layers, config, bar)
+                figures, streams, scales = calibrate_block(walk, i, streams, layers, weights, config, bar)
                 store.finish_block(i, digest, figures, {"block": walk.blocks[i].state_dict(), "scales": scales}, streams)
             result.errors |= {name: tuple(pair) for name, pair in figures.items()}
             result.packed |= {name: module.packed() for name, module in tunables(walk, i)}
@@ -180,38 +186,67 @@ def block_digest(block: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def end_loss_weights(
+    path: Path, layers: dict[str, LayerConfig], config: QuantConfig, windows: torch.Tensor, device: torch.device, store: Store
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Weights [n, L] of the tokens that Hessians are made from, for each of `layers`, and the digests of the blocks behind them;
+    nothing where the settings do not ask for weights. Those of an interrupted run are kept, since a GPU may not repeat the bits.
+    """
+    if not config.end_loss:
+        return {}, []
+    state = store.load("end-loss")
+    if state is None:
+        walk = Blocks(load_host(path, device), device)
+        digests = [block_digest(block) for block in walk.blocks]
+        with out_of_memory(lambda: f"end_loss needs the whole model on {device}: use --device cpu or leave it out"):
+            walk.model.to(device, torch.float32)
+            state = {"weights": token_weights(walk, hessian_part(windows), layers, config.seed), "digests": digests}
+        store.save("end-loss", state)
+    return state["weights"], state["digests"]
+
+
+def hessian_part(windows: torch.Tensor) -> torch.Tensor:
+    """Those of some windows [n, L, ...] that Hessians are made from."""
+    return windows[: max(1, HESSIAN_TOKENS // windows.shape[1])]
+
+
 def calibrate_block(
-    walk: Blocks, i: int, streams: dict[str, torch.Tensor], layers: dict[str, LayerConfig], config: QuantConfig, bar: tqdm
+    walk: Blocks,
+    i: int,
+    streams: dict[str, torch.Tensor],
+    layers: dict[str, LayerConfig],
+    weights: dict[str, torch.Tensor],
+    config: QuantConfig,
+    bar: tqdm,
 ) -> tuple[dict[str, tuple[float, float]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Solve and refine block i, which afterwards holds `Tunable` layers.
 
-    Returns the figures of its layers, the hidden states [n, L, d] behind it, of the quantized blocks and of the original
-    ones, and the scales that were folded into it.
+    weights: see `hessians`. Returns the figures of its layers, the hidden states [n, L, d] behind it, of the quantized blocks and
+    of the original ones, and the scales that were folded into it.
     """
     block, prefix = walk.blocks[i], walk.name(i)
     original = walk.through(block, i, streams["original"]) if config.refine or config.distill else streams["original"]
     figures: dict[str, tuple[float, float]] = {}
     hidden = streams["quantized"]
-    inputs = hidden[: max(1, HESSIAN_TOKENS // hidden.shape[1])]
+    inputs = hessian_part(hidden)
     say = functools.partial(bar.write, file=sys.stderr)
     scales = scale_block(walk, i, inputs, layers, config, say) if config.scaling else {}
     for names in input_stages(walk, i, hidden):
         wanted = [name for name in names if f"{prefix}.{name}" in layers]
         if not wanted:
             continue
-        K = block.get_submodule(wanted[0]).in_features
-        H = torch.zeros(K, K, device=walk.device)
-        visit_inputs(walk, i, inputs, wanted[0], lambda x, H=H: accumulate(H, x))
-        damped = damp(H / inputs.shape[:2].numel(), config.damping, f"{prefix}.{wanted[0]}")
-        if damped.reason:
-            bar.write(f"lutq: {damped.reason}", file=sys.stderr)
-        for name in wanted:
-            linear, layer = block.get_submodule(name), layers[f"{prefix}.{name}"]
-            packed, before, after = solve_layer(linear.weight.detach(), damped.H, layer, config)
-            figures[f"{prefix}.{name}"] = before, after
-            bar.write(f"{prefix}.{name}  output error {before:.4f} -> {after:.4f}", file=sys.stderr)
-            W = linear.weight.detach() if config.flips and (config.refine or config.distill) else None
-            block.set_submodule(name, Tunable(packed, K, layer, linear.bias, W).requires_grad_(requires_grad=False))
+        for alike, H in hessians(walk, i, inputs, wanted, weights):
+            damped = damp(H, config.damping, f"{prefix}.{alike[0]}")
+            if damped.reason:
+                bar.write(f"lutq: {damped.reason}", file=sys.stderr)
+            for name in alike:
+                linear, layer = block.get_submodule(name), layers[f"{prefix}.{name}"]
+                packed, before, after = solve_layer(linear.weight.detach(), damped.H, layer, config)
+                figures[f"{prefix}.{name}"] = before, after
+                bar.write(f"{prefix}.{name}  output error {before:.4f} -> {after:.4f}", file=sys.stderr)
+                W = linear.weight.detach() if config.flips and (config.refine or config.distill) else None
+                tunable = Tunable(packed, linear.in_features, layer, linear.bias, W)
+                block.set_submodule(name, tunable.requires_grad_(requires_grad=False))
     if config.refine:
 
         def loss(windows: torch.Tensor) -> torch.Tensor:

@@ -120,6 +120,9 @@ def quantize(
         Optional[bool], setting("scaling", "Scale input channels, folded into the layers before.", "--scaling/--no-scaling")
     ] = None,
     damping: Annotated[Optional[float], setting("damping", "feedback: part of the mean added to a Hessian's diagonal.")] = None,
+    end_loss: Annotated[
+        Optional[bool], setting("end_loss", "feedback: weigh tokens by their part in the end loss.", "--end-loss/--no-end-loss")
+    ] = None,
     rounds: Annotated[Optional[int], setting("rounds", "feedback: refits of each group's grid.")] = None,
     sweeps: Annotated[Optional[int], setting("sweeps", "feedback: sweeps of coordinate descent at the end.")] = None,
     outliers: Annotated[

@@ -88,6 +88,8 @@ class QuantConfig:
     scaling: before the fit, search scales of the input channels of each layer, folded into the norm or layer before it
         (AWQ; see lutq/transform.py). BCQ grids only.
     damping: `feedback` adds this part of the mean of a Hessian's diagonal to the diagonal; more where it must.
+    end_loss: `feedback` weighs calibration tokens, layer by layer, by how much the end loss feels an error of the layer's outputs
+        there (see lutq/endloss.py), for which the whole model is on the device once.
     rounds: `feedback` refits each group's grid so many times. sweeps: of coordinate descent after that, at least
         one with scale_bits 8, where codes are chosen anew on the rounded grids.
     outliers: percent of the weights, of every row, that are corrected in fp16 beside the planes; low_rank: rank of a product of
@@ -124,6 +126,7 @@ class QuantConfig:
     seed: int = 0
     scaling: bool = False
     damping: float = 0.01
+    end_loss: bool = False
     rounds: int = 8
     sweeps: int = 8
     outliers: float = 0.0
@@ -187,6 +190,8 @@ class QuantConfig:
             raise LutqError(f"calib_length must be 2 or more, or 0 for the model's maximum; not {self.calib_length}")
         if self.method == "rtn" and (self.refine or self.distill):
             raise LutqError(f"{'refine' if self.refine else 'distill'} tunes BCQ grids and method is 'rtn': use another method")
+        if self.end_loss and self.method != "feedback":
+            raise LutqError(f"end_loss weighs the tokens of 'feedback' and method is {self.method!r}: leave one of the two out")
         if self.method == "rtn" and self.scaling:
             raise LutqError("scaling is for BCQ grids and method is 'rtn': use another method")
         for pattern, table in self.overrides.items():

@@ -24,9 +24,11 @@ class Damped(NamedTuple):
     reason: str
 
 
-def accumulate(H: torch.Tensor, x: torch.Tensor) -> None:
-    """Add X^T X of inputs x [..., K] to H fp32 [K, K], in place."""
+def accumulate(H: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    """Add X^T X of inputs x [..., K] to H fp32 [K, K], in place; with weights [M] of the rows of X, X^T diag(weights) X."""
     x = x.reshape(-1, H.shape[0]).float()
+    if weights is not None:
+        x = x * weights.reshape(-1, 1).sqrt()  # of both factors, so that H is symmetric after rounding, too
     H.addmm_(x.T, x)
 
 

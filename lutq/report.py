@@ -31,19 +31,21 @@ class LayerReport:
 class CalibrationReport:
     """What calibration did. before, after: root mean square over the layers of the relative output error on the calibration
     text, of the plain fit and of the calibrated one. distilled: divergence from the original model on held-out windows
-    before and after, in nats per token.
+    before and after, in nats per token. weighted: tokens count for the output errors as the end loss feels them.
     """
 
     text: str
     before: float
     after: float
     distilled: tuple[float, float] | None
+    weighted: bool = False
 
     def figures(self) -> dict[str, str]:
         """Title -> figures in words."""
+        weighted = ", its tokens weighted by the end loss" if self.weighted else ""
         figures = {
             "calibration text": self.text,
-            "output error": f"{self.before:.4f} -> {self.after:.4f} of the layers on that text",
+            "output error": f"{self.before:.4f} -> {self.after:.4f} of the layers on that text{weighted}",
         }
         if self.distilled:
             before, after = self.distilled

@@ -40,11 +40,15 @@ class Store:
     def figures(self, i: int, digest: str) -> dict[str, Any]:
         """Figures of a block that is done. Raises StaleRunError if it was made from other weights than those of `digest`."""
         record = self.records[f"block {i}"]
-        if record["sha256"] != digest:
+        self.check(i, digest, record["sha256"])
+        return record["figures"]
+
+    def check(self, i: int, digest: str, earlier: str) -> None:
+        """Raise StaleRunError unless block i is what it was when something was made from it."""
+        if digest != earlier:
             raise StaleRunError(
                 f"the source changed since the unfinished run in {self.folder.parent} (at block {i}): {self.journal.remedy}"
             )
-        return record["figures"]
 
     def save(self, name: str, state: Any) -> None:
         """Put a state in place, so that it survives a crash."""

@@ -33,6 +33,7 @@ STAGES = {
         "distill": 1,
         "overrides": {"layers\\.0\\..*[qk]_proj$": {"skip": True}, "(fc2|down_proj)$": {"bits": 4, "group": 0}},
     },
+    "weighted by the end loss": {"end_loss": True, "refine": 1},
     "scales in 8 bits": {"refine": 1, "scale_bits": 8},
     "scales in 8 bits, distill with flips": {"distill": 1, "flips": True, "scale_bits": 8, "offsets": False},
     "corrected, distill with flips": {"distill": 1, "flips": True, "outliers": 2.0, "low_rank": 2},
@@ -72,7 +73,7 @@ def test_what_is_written_is_what_was_tuned(tiny, family, stages, tmp_path, monke
     report = quantize_checkpoint(tiny(family), tmp_path / "out", config, device="cpu", dtype="float32")
     model = load(tmp_path / "out", device="cpu", dtype="float32")
     about = f"{family=} {stages=}"
-    (walk,) = walks
+    walk = walks[-1]  # end_loss has one of its own before
     for block in walk.blocks:
         block.to("cpu")
     tokens = windows(tiny(family))[:2]
@@ -133,7 +134,7 @@ class Crash(BaseException):
 @pytest.mark.parametrize(
     ("family", "more"),
     [
-        ("opt", {}),
+        ("opt", {"end_loss": True}),
         ("llama", {"flips": True, "scale_bits": 8, "calib": "own"}),
         ("opt", {"flips": True, "scale_bits": 8, "outliers": 2.0, "low_rank": 2}),
     ],

@@ -37,7 +37,7 @@ OUT_OF_RANGE = [
     *(("target_bpw", value) for value in (-1, 17, float("nan"), "2.5", True, None)),
     *(("target_ms", value) for value in (-1, float("nan"), float("inf"), "2.5", True, None)),
     *(("groups", value) for value in (64, None, True, "32,", "a", "32 64")),
-    *(("flips", value) for value in (0, 1, "yes", None)),
+    *((name, value) for name in ("flips", "end_loss") for value in (0, 1, "yes", None)),
     *(("head_bits", value) for value in (0, 5, 8, 15, 17, -16, 4.0, "16", True, None)),
     *(("overrides", value) for value in ([], "fc2", None, 3)),
 ]
@@ -117,6 +117,13 @@ def test_tuning_needs_a_bcq_grid(stage):
     assert QuantConfig(**{stage: 1}).calibrated
     assert QuantConfig(method="feedback").calibrated
     assert not QuantConfig().calibrated
+
+
+@pytest.mark.parametrize("method", ["rtn", "greedy", "alternating"])
+def test_end_loss_is_for_feedback(method):
+    with pytest.raises(LutqError, match=f"^end_loss weighs the tokens of 'feedback' and method is '{method}'"):
+        QuantConfig(method=method, end_loss=True)
+    assert QuantConfig(method="feedback", end_loss=True).end_loss
 
 
 @pytest.mark.parametrize(
