@@ -146,11 +146,14 @@ def pack(fit: bcq.Bcq) -> Packed:
     return Packed(pack_bits(fit.planes), fit.scales.half(), None if fit.offsets is None else fit.offsets.half())
 
 
-def solve_layer(W: torch.Tensor, H: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> tuple[Stored, float, float]:
+def solve_layer(
+    W: torch.Tensor, H: torch.Tensor, layer: LayerConfig, config: QuantConfig, Hs: dict[int, torch.Tensor] | None = None
+) -> tuple[Stored, float, float]:
     """Quantize W fp32 [N, K] with H [K, K]; relative output errors of the plain fit and of the result, which is never more.
 
     Methods other than `feedback` are plain fits, without corrections in the first of these errors. With several precisions the
-    errors are those of the highest, and it is no precision that is never worse than the one below.
+    errors are those of the highest, and it is no precision that is never worse than the one below, each in the metric of its own
+    inputs: Hs maps bits to them; without it H is that of all.
     """
     K = W.shape[1]
     g = group_size(layer.group, K)
@@ -171,8 +174,13 @@ def solve_layer(W: torch.Tensor, H: torch.Tensor, layer: LayerConfig, config: Qu
         return plain, relative(before), relative(before)
     settings = config.rounds, config.iterations
     if config.lowest_bits:
-        lowest, _, _ = solve_layer(W, H, *at_lowest(layer, config))
-        result = nest(lowest, K, layer, lambda lower: nested.solve(W, H, lower, g, *settings, config.sweeps))
+        Hs = Hs or dict.fromkeys(config.precisions, H)
+        lowest, _, _ = solve_layer(W, Hs[config.lowest_bits], *at_lowest(layer, config))
+
+        def add_plane(lower: bcq.Bcq) -> bcq.Bcq:
+            return nested.solve(W, Hs[len(lower.planes) + 1], lower, g, *settings, config.sweeps)
+
+        result = nest(lowest, K, layer, add_plane)
     else:
         solved = solve.solve(W, H, layer.bits, g, layer.offsets, *settings)
         better = solve.loss(W, solve.dense(solved, g), H) < before
