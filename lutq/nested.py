@@ -192,7 +192,9 @@ def solve(
     return solved
 
 
-def move_codes(fits: Fits, qs: list[torch.Tensor], pulls: list[torch.Tensor], Hs: list[torch.Tensor]) -> tuple[Fits, list]:
+def move_codes(
+    fits: Fits, qs: list[torch.Tensor], pulls: list[torch.Tensor], Hs: list[torch.Tensor]
+) -> tuple[Fits, list[torch.Tensor]]:
     """`lutq.solve.move_codes` at all precisions at once: one pass over the codes of a group; the new fits and their q [N, g]."""
     levels = [levels_by_code(fit) for fit in fits]
     columns, pulls = [q.T.contiguous() for q in qs], [pull.T.contiguous() for pull in pulls]
