@@ -1,8 +1,8 @@
 """Calibration text: windows of tokens that the calibrated stages of `lutq quantize` see. Never from a test split.
 
-`books` is in the package; `wikitext2`, `c4` and `ptb` are the *training* splits, fetched with the `datasets` library; anything
-else is the path of a text file. The windows are a seeded choice of the text's own, without overlap, and a checkpoint records
-their hash.
+`books` is in the package; `own` is what the model writes itself (lutq/samples.py); `wikitext2`, `c4` and `ptb` are the *training*
+splits, fetched with the `datasets` library; anything else is the path of a text file. The windows are a seeded choice of the
+text's own, without overlap, and a checkpoint records their hash.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ from lutq.data import fetch, read_text, wikitext_rows
 from lutq.errors import LutqError
 from lutq.paths import ASSETS
 
-NAMES = ("books", "wikitext2", "c4", "ptb")
+NAMES = ("books", "own", "wikitext2", "c4", "ptb")
+OWN = "own"  # no text yet: the model writes it
 LONGEST = 2048  # tokens of a window by default, or the model's maximum if that is less
 CHARACTERS = 30_000_000  # of a fetched text that are read at most
 TELLTALE = 200  # characters of a line that tell a text from any other

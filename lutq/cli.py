@@ -108,7 +108,8 @@ def quantize(
     iterations: Annotated[Optional[int], setting("iterations", "alternating: rounds at most.")] = None,
     tolerance: Annotated[Optional[float], setting("tolerance", "alternating: stop when a round gains less.")] = None,
     calib: Annotated[
-        Optional[str], setting("calib", "Calibration text: books, wikitext2, c4, ptb (train), or a text file.")
+        Optional[str],
+        setting("calib", "Calibration text: books, own (what the model writes itself), wikitext2, c4, ptb (train), or a file."),
     ] = None,
     calib_windows: Annotated[Optional[int], setting("calib_windows", "Windows of it.")] = None,
     calib_length: Annotated[

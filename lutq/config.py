@@ -82,9 +82,9 @@ class QuantConfig:
         the `greedy` one, or `best`: the latter two, keeping per group the smaller squared error.
     iterations, tolerance: `alternating` stops after so many rounds, or when a round lowers the squared error of the rows
         at hand by less than this fraction. `feedback` starts from such fits.
-    calib: the calibration text of `feedback`, `scaling`, `refine` and `distill`: books, wikitext2, c4, ptb (their training
-        splits) or a text file. calib_windows: windows of it. calib_length: tokens in each, 0 for the model's maximum up to
-        2048. seed: chooses the windows and their order.
+    calib: the calibration text of `feedback`, `scaling`, `refine` and `distill`: books, own (what the model itself writes, see
+        lutq/samples.py), wikitext2, c4, ptb (their training splits) or a text file. calib_windows: windows of it. calib_length:
+        tokens in each, 0 for the model's maximum up to 2048. seed: chooses the windows and their order.
     scaling: before the fit, search scales of the input channels of each layer, folded into the norm or layer before it
         (AWQ; see lutq/transform.py). BCQ grids only.
     damping: `feedback` adds this part of the mean of a Hessian's diagonal to the diagonal; more where it must.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lutq import __version__
 from lutq.allocate import BudgetError, allocate
 from lutq.calib import Calibration
-from lutq.calibrate import Calibrated, calibrate, calibration_for
+from lutq.calibrate import Calibrated, calibrate, calibration_for, own_calibration
 from lutq.card import model_card
 from lutq.config import LayerConfig, QuantConfig
 from lutq.errors import LutqError
@@ -126,7 +126,7 @@ def complete(job: Job) -> Report:
     except OSError as error:
         raise LutqError(f"cannot write to {job.partial} ({error.strerror}): give another --out") from error
     try:
-        job = allocate_job(job, journal)
+        job = allocate_job(write_calibration(job, journal), journal)
         calibrated = calibrate_job(job, journal)
         layers = run(job, journal, calibrated)
         report = Report(
@@ -161,6 +161,14 @@ def complete(job: Job) -> Report:
 def block_layers(todo: Plan, structure: Structure) -> dict[str, LayerConfig]:
     """Name -> settings of the Linear layers inside decoder blocks that a plan quantizes."""
     return {unit.name: unit.layer for unit in todo.units if unit.layer and structure.linears[unit.name].place == "block"}
+
+
+def write_calibration(job: Job, journal: Journal) -> Job:
+    """The job with the calibration text that the model writes itself; the same where it has another, or needs none."""
+    if job.calibration or not (job.config.calibrated or job.config.mixed):
+        return job
+    calibration = own_calibration(job.source.path, job.source.config, job.config, job.device, job.partial, journal)
+    return dataclasses.replace(job, calibration=calibration)
 
 
 def allocate_job(job: Job, journal: Journal) -> Job:

@@ -26,11 +26,13 @@ def prepare(model: str, protocol: str, device: str) -> tuple[Path, Any, str, dic
 
 def environment(name: str, protocol: str, device: str) -> dict[str, Any]:
     """What the figures of a model depend on, besides the settings of each row; device in words."""
+    what = {"model": name, "protocol": protocol, "dataset": "WikiText-2 raw test", "dtype": "float32"}
+    return what | machine(device)
+
+
+def machine(device: str) -> dict[str, str]:
+    """What did the work, and when; device in words."""
     return {
-        "model": name,
-        "protocol": protocol,
-        "dataset": "WikiText-2 raw test",
-        "dtype": "float32",
         "device": device,
         "lutq": lutq.__version__,
         "torch": torch.__version__,

@@ -125,6 +125,7 @@ for line in sys.stdin:
         answer = os.fork()
         if answer == 0:
             signal.alarm(240)  # a test that hangs must not keep its process
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
             for target, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_WRONLY), (2, "stderr", os.O_WRONLY)):
                 os.dup2(os.open(request[name], flags), target)
             os.chdir(request["cwd"])

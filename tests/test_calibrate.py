@@ -134,7 +134,7 @@ class Crash(BaseException):
     ("family", "more"),
     [
         ("opt", {}),
-        ("llama", {"flips": True, "scale_bits": 8}),
+        ("llama", {"flips": True, "scale_bits": 8, "calib": "own"}),
         ("opt", {"flips": True, "scale_bits": 8, "outliers": 2.0, "low_rank": 2}),
     ],
 )

@@ -1,0 +1,64 @@
+"""Calibration without a text: windows that the model to be quantized writes itself, as in LLM-QAT (arXiv 2305.17888).
+
+Every window begins with a token drawn evenly from the vocabulary, for variety; the others are drawn from the model's own
+distribution, untruncated. Special tokens are left out, so that texts do not end.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lutq.errors import LutqError
+from lutq.runtime import out_of_memory, progress_interval
+
+TOKENS = 16384  # written side by side, at most
+
+
+def ordinary_tokens(tokenizer: Any, vocabulary: int) -> torch.Tensor:
+    """The tokens that text may consist of, of a model with so many logits: bool [vocabulary]."""
+    ordinary = torch.arange(vocabulary) < len(tokenizer)
+    special = torch.tensor(tokenizer.all_special_ids, dtype=torch.int64)
+    ordinary[special[special < vocabulary]] = False
+    return ordinary
+
+
+@torch.no_grad()
+def continue_windows(
+    model: Any, tokens: torch.Tensor, length: int, ordinary: torch.Tensor, random: torch.Generator
+) -> torch.Tensor:
+    """Windows int64 [n, length] whose first tokens are `tokens` [n, 1], the next drawn by `random`, a generator of their device.
+
+    Raises LutqError for logits that are NaN or infinite.
+    """
+    written, cache = [tokens], None
+    while len(written) < length:
+        result = model(written[-1], past_key_values=cache, use_cache=True)
+        logits, cache = result.logits[:, -1].float(), result.past_key_values
+        if not torch.isfinite(logits).all():
+            raise LutqError(
+                "the model predicts NaN or infinite values in its own text: give an undamaged model, or --calib books"
+            )
+        chances = logits.masked_fill(~ordinary, -torch.inf).softmax(-1)
+        written.append(torch.multinomial(chances, 1, generator=random))
+    return torch.cat(written, 1)
+
+
+def write_windows(path: Path, tokenizer: Any, windows: int, length: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Windows int64 [windows, length] that the model in `path` writes on `device`, on the CPU. Raises LutqError."""
+    from lutq.hf import load
+
+    model = load(path, device=device)
+    ordinary = ordinary_tokens(tokenizer, model.get_output_embeddings().weight.shape[0]).to(device)
+    random = torch.Generator(device).manual_seed(seed)
+    first = ordinary.float().multinomial(windows, replacement=True, generator=random)
+    batches = []
+    with (
+        out_of_memory(lambda: f"--calib own needs the whole model on {device}: use --calib books, or --device cpu"),
+        tqdm(total=windows, unit="window", desc="writing", mininterval=progress_interval()) as bar,
+    ):
+        for tokens in first[:, None].split(max(1, TOKENS // length)):
+            batches.append(continue_windows(model, tokens, length, ordinary, random).cpu())
+            bar.update(len(tokens))
+    return torch.cat(batches)
