@@ -220,7 +220,7 @@ def calibrate_block(
             block.set_submodule(name, Tunable(packed, K, layer, linear.bias, W).requires_grad_(requires_grad=False))
     for bits in config.precisions:
         run_at(block, bits)
-        if config.refine:
+        if config.refine and (any(tunables(walk, i)) or not config.lowest_bits):  # vectors alone are of all precisions
             first, best = refine_block(walk, i, streams[bits], behind[ORIGINAL], config)
             say(f"{prefix}  block error {first:.4f} -> {best:.4f}{at_bits(bits, config)}")
         store_rounded(block)
