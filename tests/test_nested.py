@@ -406,7 +406,7 @@ def short_books(monkeypatch):
     ("family", "more"),
     [
         ("opt", {"distill": 2}),
-        ("llama", {"method": "feedback", "refine": 1, "distill": 1, "offsets": False}),
+        ("llama", {"method": "feedback", "rounds": 0, "refine": 1, "distill": 1, "offsets": False}),
         ("opt", {"refine": 1, "scaling": True}),
     ],
 )
@@ -454,7 +454,7 @@ def test_worse_tuning_is_thrown_away_at_every_precision(tiny, tmp_path, monkeypa
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
-@pytest.mark.parametrize("more", [{"method": "feedback"}, {"refine": 1, "distill": 2}])
+@pytest.mark.parametrize("more", [{"method": "feedback", "lowest_bits": 2, "rounds": 0}, {"refine": 1, "distill": 2}])
 def test_an_interrupted_run_goes_on_bit_for_bit(tiny, tmp_path, short_books, more):
     """The run dies after every block and every pass of every precision."""
     config = QuantConfig(**TUNED | more)
@@ -478,7 +478,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tiny, tmp_path, short_books, mor
             with contextlib.suppress(KeyboardInterrupt):
                 quantize_checkpoint(tiny("opt"), tmp_path / "parts", config, device="cpu")
                 break
-    assert done == [f"distill-{bits}" for bits in (1, 2, 3) for _ in range(config.distill)]
+    assert done == [f"distill-{bits}" for bits in config.precisions for _ in range(config.distill)]
     whole, parts = read(tmp_path / "whole"), read(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole), f"{more=}: an interrupted run ends in other bits"
