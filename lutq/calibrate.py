@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,17 @@ from lutq.errors import LutqError
 from lutq.fit import solve_layer
 from lutq.hessian import damp
 from lutq.journal import Journal, fingerprint
-from lutq.pack import PARTS, EightBit, Stored, bare, from_tensors, highest, to_tensors
+from lutq.pack import PARTS, EightBit, Nested, Stored, bare, from_tensors, highest, to_tensors
 from lutq.refine import Tuner, block_error, divergence
 from lutq.report import CalibrationReport
 from lutq.runtime import out_of_memory, progress_interval
 from lutq.samples import write_windows
 from lutq.store import FOLDER, Store
 from lutq.transform import scale_block, scaled
-from lutq.tunable import Tunable
+from lutq.tunable import Tunable, run_at
 
 HESSIAN_TOKENS = 1 << 17  # of the calibration text that Hessians are made from; more is for tuning
+ORIGINAL = 16  # bits of the hidden states that the original blocks give
 
 
 @dataclasses.dataclass
@@ -53,7 +54,7 @@ class Calibrated:
     vectors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     scales: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    distilled: tuple[float, float] | None = None
+    distilled: dict[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
     text: str = ""
     weighted: bool = False
 
@@ -129,10 +130,10 @@ def calibrate(
     walk = Blocks(load_host(path, device), device)
     result = Calibrated(text=calibration.describe(), weighted=config.end_loss)
     hidden = walk.embed(calibration.windows)
-    streams = {"quantized": hidden, "original": hidden}
+    streams = dict.fromkeys((*config.precisions, ORIGINAL), hidden)
     done = store.blocks()
     if done:
-        streams = {name: tensor.to(device) for name, tensor in store.load(f"hidden-{done}").items()}
+        streams = {bits: tensor.to(device) for bits, tensor in store.load(f"hidden-{done}").items()}
     with tqdm(total=len(walk), unit="block", mininterval=progress_interval()) as bar:
         for i in range(len(walk)):
             digest = block_digest(walk.blocks[i])
@@ -154,7 +155,7 @@ def calibrate(
             walk.blocks[i].to(device if config.distill else "cpu")
             bar.update()
     if config.distill:
-        distill(walk, calibration.windows, streams["original"], config, result, store)
+        distill(walk, calibration.windows, streams[ORIGINAL], config, result, store)
     return result
 
 
@@ -213,53 +214,92 @@ def hessian_part(windows: torch.Tensor) -> torch.Tensor:
 def calibrate_block(
     walk: Blocks,
     i: int,
-    streams: dict[str, torch.Tensor],
+    streams: dict[int, torch.Tensor],
     layers: dict[str, LayerConfig],
     weights: dict[str, torch.Tensor],
     config: QuantConfig,
     bar: tqdm,
-) -> tuple[dict[str, tuple[float, float]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, tuple[float, float]], dict[int, torch.Tensor], dict[str, torch.Tensor]]:
     """Solve and refine block i, which afterwards holds `Tunable` layers.
 
-    weights: see `hessians`. Returns the figures of its layers, the hidden states [n, L, d] behind it, of the quantized blocks and
-    of the original ones, and the scales that were folded into it.
+    streams: the hidden states [n, L, d] before it at each precision, of the quantized blocks, and at `ORIGINAL` of the original
+    ones. weights: see `hessians`. Returns the figures of its layers, the hidden states behind it, and the scales that were
+    folded into it.
     """
     block, prefix = walk.blocks[i], walk.name(i)
-    original = walk.through(block, i, streams["original"]) if config.refine or config.distill else streams["original"]
+    tuned = config.refine > 0 or config.distill > 0
+    behind = {ORIGINAL: walk.through(block, i, streams[ORIGINAL]) if tuned else streams[ORIGINAL]}
     figures: dict[str, tuple[float, float]] = {}
-    hidden = streams["quantized"]
-    inputs = hessian_part(hidden)
+    hidden = streams[config.bits]
+    inputs = {bits: hessian_part(streams[bits]) for bits in config.precisions}
     say = functools.partial(bar.write, file=sys.stderr)
-    scales = scale_block(walk, i, inputs, layers, config, say) if config.scaling else {}
+    scales = scale_block(walk, i, inputs[config.bits], layers, config, say) if config.scaling else {}
     for names in input_stages(walk, i, hidden):
         wanted = [name for name in names if f"{prefix}.{name}" in layers]
         if not wanted:
             continue
-        for alike, H in hessians(walk, i, inputs, wanted, weights):
-            damped = damp(H, config.damping, f"{prefix}.{alike[0]}")
-            if damped.reason:
-                bar.write(f"lutq: {damped.reason}", file=sys.stderr)
+        for alike, Hs in damped_hessians(walk, i, inputs, wanted, weights, config, say).items():
             for name in alike:
                 linear, layer = block.get_submodule(name), layers[f"{prefix}.{name}"]
-                packed, before, after = solve_layer(linear.weight.detach(), damped.H, layer, config)
+                packed, before, after = solve_layer(linear.weight.detach(), Hs[config.bits], layer, config, Hs)
                 figures[f"{prefix}.{name}"] = before, after
-                bar.write(f"{prefix}.{name}  output error {before:.4f} -> {after:.4f}", file=sys.stderr)
-                W = linear.weight.detach() if config.flips and (config.refine or config.distill) else None
+                say(f"{prefix}.{name}  output error {before:.4f} -> {after:.4f}")
+                W = linear.weight.detach() if config.flips and tuned else None
                 tunable = Tunable(packed, linear.in_features, layer, linear.bias, W)
                 block.set_submodule(name, tunable.requires_grad_(requires_grad=False))
-    if config.refine:
+    for bits in config.precisions:
+        run_at(block, bits)
+        if config.refine and (any(tunables(walk, i)) or not config.lowest_bits):  # vectors alone are of all precisions
+            first, best = refine_block(walk, i, streams[bits], behind[ORIGINAL], config)
+            say(f"{prefix}  block error {first:.4f} -> {best:.4f}{at_bits(bits, config)}")
+        store_rounded(block)
+        behind[bits] = walk.through(block, i, streams[bits])
+    return figures, behind, scales
 
-        def loss(windows: torch.Tensor) -> torch.Tensor:
-            return block_error(walk.run(block, i, hidden[windows]), original[windows])
 
-        tuner = Tuner(block, loss, len(hidden), hidden.shape[1], config.refine, config.rate, config.seed)
-        for _ in range(config.refine):
-            for _ in tuner.run_epoch():
-                pass
-        tuner.finish()
-        bar.write(f"{prefix}  block error {tuner.first:.4f} -> {tuner.best_loss:.4f}", file=sys.stderr)
-    store_rounded(block)
-    return figures, {"quantized": walk.through(block, i, hidden), "original": original}, scales
+def damped_hessians(
+    walk: Blocks,
+    i: int,
+    inputs: dict[int, torch.Tensor],
+    names: list[str],
+    weights: dict[str, torch.Tensor],
+    config: QuantConfig,
+    say: Callable[[str], None],
+) -> dict[tuple[str, ...], dict[int, torch.Tensor]]:
+    """Damped Hessians fp32 [K, K] of the Linear layers `names` of block i, which read the same inputs, at each precision of
+    `inputs` [n, L, d], by the layers that they are for. weights: see `hessians`.
+    """
+    found: dict[tuple[str, ...], dict[int, torch.Tensor]] = {}
+    for bits, hidden in inputs.items():
+        run_at(walk.blocks[i], bits)
+        for alike, H in hessians(walk, i, hidden, names, weights):
+            damped = damp(H, config.damping, f"{walk.name(i)}.{alike[0]}")
+            if damped.reason:
+                say(f"lutq: {damped.reason}")
+            found.setdefault(tuple(alike), {})[bits] = damped.H
+    return found
+
+
+def refine_block(walk: Blocks, i: int, hidden: torch.Tensor, original: torch.Tensor, config: QuantConfig) -> tuple[float, float]:
+    """Tune block i, at the precision at which it runs, to `original` [n, L, d], what its original makes of the original hidden
+    states; hidden: what enters it. Returns the errors on held-out windows before and after.
+    """
+    block = walk.blocks[i]
+
+    def loss(windows: torch.Tensor) -> torch.Tensor:
+        return block_error(walk.run(block, i, hidden[windows]), original[windows])
+
+    tuner = Tuner(block, loss, len(hidden), hidden.shape[1], config.refine, config.rate, config.seed)
+    for _ in range(config.refine):
+        for _ in tuner.run_epoch():
+            pass
+    tuner.finish()
+    return tuner.first, tuner.best_loss
+
+
+def at_bits(bits: int, config: QuantConfig) -> str:
+    """Which of several precisions a figure is of, in words; nothing where there is one."""
+    return f" at {bits} bits" if config.lowest_bits else ""
 
 
 @torch.no_grad()
@@ -275,6 +315,9 @@ def store_rounded(module: torch.nn.Module) -> None:
             layer.scales.copy_(packed.scales)
             if layer.offsets is not None:
                 layer.offsets.copy_(packed.offsets)
+            if isinstance(planes, Nested):
+                for name, tensor in planes.lower.items():
+                    getattr(layer, name).copy_(tensor)
 
 
 @torch.no_grad()
@@ -294,7 +337,9 @@ def install(walk: Blocks, i: int, layers: dict[str, LayerConfig], state: dict[st
 def distill(
     walk: Blocks, windows: torch.Tensor, original: torch.Tensor, config: QuantConfig, result: Calibrated, store: Store
 ) -> None:
-    """Tune the whole quantized model to the logits that follow from `original` [n, L, d], the original blocks' output."""
+    """Tune the whole quantized model, at each of its precisions in turn, to the logits that follow from `original` [n, L, d],
+    the original blocks' output.
+    """
     kept = {name: p.detach().clone() for name, p in walk.model.named_parameters() if p.dim() == 1}
 
     def forward(i: int, hidden: torch.Tensor, extras: dict[str, Any]) -> torch.Tensor:
@@ -307,21 +352,24 @@ def distill(
         with walk.replaced(forward) if walk.device.type == "cuda" else contextlib.nullcontext():
             return divergence(walk.model(windows[numbers].to(walk.device), use_cache=False).logits, wanted)
 
-    tuner = Tuner(walk.model, loss, len(windows), windows.shape[1], config.distill, config.rate, config.seed)
-    state = store.load("distill")
-    if state:
-        tuner.restore(state)
-    with tqdm(total=config.distill * len(tuner.learned), unit="window", mininterval=progress_interval()) as bar:
-        bar.update(tuner.epoch * len(tuner.learned))
-        while tuner.epoch < config.distill:
-            for step in tuner.run_epoch():
-                bar.update(min(tuner.batch, len(tuner.learned)))
-                bar.set_postfix(divergence=f"{step:.4f}", refresh=False)
-            bar.set_description(f"divergence {tuner.first:.4f} -> {tuner.best_loss:.4f}", refresh=False)
-            store.save("distill", tuner.state())
-    tuner.finish()
+    for bits in config.precisions:
+        run_at(walk.model, bits)
+        tuner = Tuner(walk.model, loss, len(windows), windows.shape[1], config.distill, config.rate, config.seed)
+        state = store.load(f"distill-{bits}")
+        if state:
+            tuner.restore(state)
+        with tqdm(total=config.distill * len(tuner.learned), unit="window", mininterval=progress_interval()) as bar:
+            bar.update(tuner.epoch * len(tuner.learned))
+            while tuner.epoch < config.distill:
+                for step in tuner.run_epoch():
+                    bar.update(min(tuner.batch, len(tuner.learned)))
+                    bar.set_postfix(divergence=f"{step:.4f}", refresh=False)
+                words = f"divergence{at_bits(bits, config)} {tuner.first:.4f} -> {tuner.best_loss:.4f}"
+                bar.set_description(words, refresh=False)
+                store.save(f"distill-{bits}", tuner.state())
+        tuner.finish()
+        result.distilled[bits] = tuner.first, tuner.best_loss
     store_rounded(walk.model)
     for i in range(len(walk)):
         result.packed |= {name: module.packed() for name, module in tunables(walk, i)}
     result.vectors |= {name: p.detach().clone().cpu() for name, p in walk.model.named_parameters() if p.dim() == 1}
-    result.distilled = tuner.first, tuner.best_loss

@@ -96,6 +96,7 @@ class QuantConfig:
         thin fp16 matrices that is added to a layer. Both are counted in its bits per weight (see lutq/residual.py).
     refine: passes over the windows that tune each block's scales, offsets, norms and biases to the original block's outputs
         (BCQ grids; see lutq/refine.py). distill: the same end to end, to the original model's next-token distribution.
+        With lowest_bits each precision is tuned in turn, its scales and offsets alone: the others share the rest.
     flips: `refine` and `distill` learn the codes too, which takes 16 bytes of memory for each weight.
     rate: the largest step of a scale while tuning, in parts of its layer's root mean square.
     target_bpw: stored bits per weight of all quantized layers together, scales and offsets included; bits per layer are then
@@ -207,9 +208,8 @@ class QuantConfig:
             )
         if self.method == "rtn":
             raise LutqError("lowest_bits adds planes to a BCQ grid and method is 'rtn': use feedback or alternating")
-        if self.refine or self.distill:
-            stage = "refine" if self.refine else "distill"
-            raise LutqError(f"{stage} tunes one precision and lowest_bits asks for several: leave one of the two out")
+        if self.flips:
+            raise LutqError("flips learns codes, which the precisions of lowest_bits share: leave one of the two out")
         if self.outliers or self.low_rank:
             name = "outliers" if self.outliers else "low_rank"
             raise LutqError(f"{name} corrects one precision and lowest_bits asks for several: leave one of the two out")
@@ -229,6 +229,11 @@ class QuantConfig:
     def calibrated(self) -> bool:
         """Whether a calibration text takes part."""
         return self.method == "feedback" or self.scaling or self.refine > 0 or self.distill > 0
+
+    @property
+    def precisions(self) -> range:
+        """Bits of the models that a checkpoint with the same bits in every layer serves."""
+        return range(self.lowest_bits or self.bits, self.bits + 1)
 
     @property
     def mixed(self) -> bool:

@@ -77,8 +77,9 @@ def fit_rows(W: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> Packed
     rows, K = W.shape
     g = group_size(layer.group, K)
     if config.lowest_bits:
-        lowest, alone = at_lowest(layer, config)
-        return nest(fit_rows(W, lowest, alone), K, layer, lambda lower: nested.extend_layer(W, lower, g, config.iterations))
+        alone = dataclasses.replace(config, lowest_bits=0, bits=config.lowest_bits)
+        lowest = unpack(fit_rows(W, layer._replace(bits=config.lowest_bits), alone), K)
+        return pack_nested(nested.extend_layer(W, lowest, layer.bits, g, config.iterations))
     whole = K // g * g
     parts = [W[:, :whole].unflatten(1, (-1, g)), W[:, whole:].unsqueeze(1)] if K % g else [W.unflatten(1, (-1, g))]
     fits = []
@@ -120,21 +121,6 @@ def with_corrections(
     return Corrected(*residual.fit_corrected(W, H, layer, group_size(layer.group, K), fit_planes, dense))
 
 
-def at_lowest(layer: LayerConfig, config: QuantConfig) -> tuple[LayerConfig, QuantConfig]:
-    """A layer at the lowest of its precisions, and the settings for it alone."""
-    return layer._replace(bits=config.lowest_bits), dataclasses.replace(config, lowest_bits=0, bits=config.lowest_bits)
-
-
-def nest(lowest: Packed, K: int, layer: LayerConfig, add_plane: Callable[[bcq.Bcq], bcq.Bcq]) -> Nested:
-    """All precisions from `lowest` to that of `layer`, each made from the one before by `add_plane`."""
-    tensors, packed = {}, lowest
-    while len(packed.codes) < layer.bits:
-        bits = len(packed.codes)
-        tensors |= {lower_name(name, bits): tensor for name, tensor in to_tensors(packed).items() if name != "codes"}
-        packed = pack(add_plane(unpack(packed, K)))
-    return Nested(packed, tensors)
-
-
 def unpack(packed: Packed, K: int) -> bcq.Bcq:
     """Planes bool [b, N, K] and the grid in fp32 of a packed matrix on the bcq grid."""
     offsets = None if packed.offsets is None else packed.offsets.float()
@@ -146,11 +132,20 @@ def pack(fit: bcq.Bcq) -> Packed:
     return Packed(pack_bits(fit.planes), fit.scales.half(), None if fit.offsets is None else fit.offsets.half())
 
 
-def solve_layer(W: torch.Tensor, H: torch.Tensor, layer: LayerConfig, config: QuantConfig) -> tuple[Stored, float, float]:
+def pack_nested(fits: nested.Fits) -> Nested:
+    """A matrix at several precisions from its fits, lowest first."""
+    grids = {len(fit.planes): to_tensors(pack(fit)) for fit in fits[:-1]}
+    lower = {lower_name(name, bits): tensor for bits, grid in grids.items() for name, tensor in grid.items() if name != "codes"}
+    return Nested(pack(fits[-1]), lower)
+
+
+def solve_layer(
+    W: torch.Tensor, H: torch.Tensor, layer: LayerConfig, config: QuantConfig, Hs: dict[int, torch.Tensor] | None = None
+) -> tuple[Stored, float, float]:
     """Quantize W fp32 [N, K] with H [K, K]; relative output errors of the plain fit and of the result, which is never more.
 
     Methods other than `feedback` are plain fits, without corrections in the first of these errors. With several precisions the
-    errors are those of the highest, and it is no precision that is never worse than the one below.
+    errors are of all together, each seen through its own inputs: Hs maps bits to their H; without it all have the same.
     """
     K = W.shape[1]
     g = group_size(layer.group, K)
@@ -163,26 +158,45 @@ def solve_layer(W: torch.Tensor, H: torch.Tensor, layer: LayerConfig, config: Qu
         return (losses.sum() / size).sqrt().item()
 
     plain = fit(W, layer.bare(), config)
+    if config.lowest_bits:
+        return solve_nested(W, Hs or dict.fromkeys(config.precisions, H), plain, layer, config)
     before = losses(plain)
     if layer.corrected:
         result = with_corrections(W, H, layer, lambda target: solve_layer(target, H, layer.bare(), config)[0])
         return result, relative(before), relative(losses(result))
     if config.method != "feedback":
         return plain, relative(before), relative(before)
-    settings = config.rounds, config.iterations
-    if config.lowest_bits:
-        lowest, _, _ = solve_layer(W, H, *at_lowest(layer, config))
-        result = nest(lowest, K, layer, lambda lower: nested.solve(W, H, lower, g, *settings, config.sweeps))
+    solved = solve.solve(W, H, layer.bits, g, layer.offsets, config.rounds, config.iterations)
+    better = solve.loss(W, solve.dense(solved, g), H) < before
+    start = solve.choose_rows(better, solved, unpack(highest(plain), K))
+    if layer.scale_bits == 16:
+        result = pack(solve.descend(W, H, start, g, config.sweeps))
     else:
-        solved = solve.solve(W, H, layer.bits, g, layer.offsets, *settings)
-        better = solve.loss(W, solve.dense(solved, g), H) < before
-        start = solve.choose_rows(better, solved, unpack(highest(plain), K))
-        if layer.scale_bits == 16:
-            result = pack(solve.descend(W, H, start, g, config.sweeps))
-        else:
-            result = descend_in_eight_bits(W, H, start, g, max(1, config.sweeps))
-            result = result if losses(result).sum() < before.sum() else plain
+        result = descend_in_eight_bits(W, H, start, g, max(1, config.sweeps))
+        result = result if losses(result).sum() < before.sum() else plain
     return result, relative(before), relative(losses(result))
+
+
+def solve_nested(
+    W: torch.Tensor, Hs: dict[int, torch.Tensor], plain: Nested, layer: LayerConfig, config: QuantConfig
+) -> tuple[Nested, float, float]:
+    """`solve_layer` at several precisions, from their plain fits; Hs: bits -> H [K, K]."""
+    K, bits = W.shape[1], config.precisions
+    g, metrics = group_size(layer.group, K), [Hs[b] for b in bits]
+    size = sum((W @ H * W).sum() for H in metrics).clamp(min=1e-30)
+
+    def losses(fits: nested.Fits) -> torch.Tensor:  # of each row, all precisions together
+        return sum(solve.loss(W, solve.dense(fit, g), H) for fit, H in zip(fits, metrics, strict=True))
+
+    fits = [unpack(plain.at(b), K) for b in bits]
+    before = losses(fits)
+    if config.method == "feedback":
+        solved = nested.solve(W, metrics, bits, g, layer.offsets, config.rounds, config.iterations)
+        better = losses(solved) < before
+        fits = [solve.choose_rows(better, new, old) for new, old in zip(solved, fits, strict=True)]
+        fits = nested.no_worse(W, metrics, nested.descend(W, metrics, fits, g, config.sweeps), g)
+    first, last = ((total.sum() / size).sqrt().item() for total in (before, losses(fits)))
+    return pack_nested(fits), first, last
 
 
 def descend_in_eight_bits(W: torch.Tensor, H: torch.Tensor, start: bcq.Bcq, g: int, sweeps: int) -> EightBit:

@@ -28,14 +28,14 @@ Loss = Callable[[torch.Tensor], torch.Tensor]  # numbers of some windows [B] -> 
 
 
 def tunable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Scales, offsets and latent weights of `Tunable` layers, and every vector (norms, biases) of a module, by name."""
-    grids = {
-        f"{name}.{part}".lstrip(".")
-        for name, layer in module.named_modules()
-        if isinstance(layer, Tunable)
-        for part in ("scales", "offsets", "latent")
-    }
-    return {name: p for name, p in module.named_parameters() if p.dim() == 1 or name in grids}
+    """What the `Tunable` layers of a module learn, and every vector (norms, biases), by name.
+
+    Without the vectors where layers have several precisions, which share them and are tuned one after the other.
+    """
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, Tunable)}
+    grids = {f"{name}.{part}".lstrip(".") for name, layer in layers.items() for part in layer.learned()}
+    shared = any(layer.lower for layer in layers.values())
+    return {name: p for name, p in module.named_parameters() if name in grids or (p.dim() == 1 and not shared)}
 
 
 def split_windows(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +63,7 @@ class Tuner:
     def __init__(self, module: torch.nn.Module, loss: Loss, count: int, length: int, epochs: int, rate: float, seed: int) -> None:
         self.loss, self.epochs, self.seed, self.epoch = loss, epochs, seed, 0
         self.parameters = tunable_parameters(module)
+        self.layers = [layer for layer in module.modules() if isinstance(layer, Tunable)]
         self.batch = max(1, TOKENS // length)
         self.learned, self.held_out = split_windows(count)
         self.rates = [rate_of(p, rate) for p in self.parameters.values()]
@@ -89,6 +90,8 @@ class Tuner:
             loss = self.loss(windows)
             loss.backward()
             self.optimizer.step()
+            for layer in self.layers:
+                layer.bound()
             yield loss.item()
         for p in self.parameters.values():
             p.requires_grad_(requires_grad=False)

@@ -30,14 +30,15 @@ class LayerReport:
 @dataclasses.dataclass(frozen=True)
 class CalibrationReport:
     """What calibration did. before, after: root mean square over the layers of the relative output error on the calibration
-    text, of the plain fit and of the calibrated one. distilled: divergence from the original model on held-out windows
-    before and after, in nats per token. weighted: tokens count for the output errors as the end loss feels them.
+    text, of the plain fit and of the calibrated one. distilled: bits -> divergence from the original model on held-out windows
+    before and after, in nats per token, for each precision that the checkpoint serves; empty without that stage. weighted: tokens
+    count for the output errors as the end loss feels them.
     """
 
     text: str
     before: float
     after: float
-    distilled: tuple[float, float] | None
+    distilled: dict[int, tuple[float, float]]
     weighted: bool = False
 
     def figures(self) -> dict[str, str]:
@@ -48,8 +49,9 @@ class CalibrationReport:
             "output error": f"{self.before:.4f} -> {self.after:.4f} of the layers on that text{weighted}",
         }
         if self.distilled:
-            before, after = self.distilled
-            figures["divergence"] = f"{before:.4f} -> {after:.4f} nats per token from the original model, on held-out windows"
+            several = len(self.distilled) > 1
+            pairs = [f"{a:.4f} -> {b:.4f}" + several * f" at {bits} bits" for bits, (a, b) in sorted(self.distilled.items())]
+            figures["divergence"] = f"{', '.join(pairs)} nats per token from the original model, on held-out windows"
         return figures
 
 

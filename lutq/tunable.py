@@ -22,8 +22,10 @@ from lutq.pack import (
     Stored,
     bare,
     dequantize,
+    from_tensors,
     group_size,
     highest,
+    lower_name,
     pack_bits,
     residual_of,
     signs,
@@ -90,8 +92,10 @@ class Tunable(torch.nn.Module):
     """y = x W^T + bias with W [N, K] on the bcq grid; scales fp32 [b, N, G] and offsets fp32 [N, G] are parameters.
 
     W: the original weight fp32 [N, K] for codes that can be learned: `latent` starts as the weights nearest to it that have
-    the codes of `packed`. Corrections stay as they are. Of a matrix at several precisions it is the highest, and nothing of it
-    may be learned.
+    the codes of `packed`. Corrections stay as they are.
+
+    A matrix at several precisions has a grid for each, under the names of lutq/pack.py, and `bits` says which of them products
+    are made of and what is learned. Since the codes belong to all, its scales must not turn negative: see `bound`.
 
     Where the layer has scales in 8 bits, products are those of the rounded scales and offsets, so that what is tuned and
     compared is what a checkpoint will hold. Units grow with the largest value of their block and never shrink.
@@ -105,9 +109,11 @@ class Tunable(torch.nn.Module):
         planes, residual = bare(packed), residual_of(packed)
         lower = planes.lower if isinstance(planes, Nested) else {}
         units = {name: getattr(planes, name, None) for name in UNITS}
-        for name, tensor in (lower | units | residual._asdict()).items():
+        for name, tensor in (units | residual._asdict()).items():
             self.register_buffer(name, tensor)
-        self.lower, packed = tuple(lower), highest(planes)
+        for name, tensor in lower.items():
+            self.register_parameter(name, torch.nn.Parameter(tensor.float()))
+        self.lower, self.bits, packed = tuple(lower), layer.bits, highest(planes)
         self.register_buffer("codes", packed.codes)
         self.scales = torch.nn.Parameter(packed.scales.float())
         self.offsets = None if packed.offsets is None else torch.nn.Parameter(packed.offsets.float())
@@ -147,6 +153,20 @@ class Tunable(torch.nn.Module):
         """The inverse of `_groups`."""
         return w.unflatten(-2, (self.codes.shape[1], -1)).flatten(-2)[..., : self.K]
 
+    def learned(self) -> list[str]:
+        """Names of what may be learned: the grid of the precision that runs, and latent weights."""
+        return [*(self._name(part) for part in ("scales", "offsets")), "latent"]
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Put scales that a step made negative to 0, where codes cannot turn along because other precisions share them."""
+        if self.lower:
+            getattr(self, self._name("scales")).clamp_(min=0)
+
+    def _name(self, part: str) -> str:
+        """Name of the `scales` or `offsets` of the precision that runs."""
+        return part if self.bits == self.layer.bits else lower_name(part, self.bits)
+
     def _units(self, part: str) -> torch.Tensor:
         """Units of the `scales` or `offsets` as they are now: as before, or greater where a value has outgrown its unit."""
         name, dtype = EIGHT_BIT[part]
@@ -154,7 +174,7 @@ class Tunable(torch.nn.Module):
 
     def _stored(self, part: str) -> torch.Tensor | None:
         """Scales [b, N, G] or offsets [N, G] with which products are made, scales of any sign; None for no offsets."""
-        values = getattr(self, part)
+        values = getattr(self, self._name(part), None)
         if values is None or self.scale_units is None:
             return values
         return Rounding.apply(values, spread(self._units(part), *values.shape[-2:]), EIGHT_BIT[part][1])
@@ -174,15 +194,15 @@ class Tunable(torch.nn.Module):
         if self.latent is not None:
             self.follow()
         scales, offsets = self._stored("scales"), self._stored("offsets")
-        y = Product.apply(x, self.codes, scales, offsets, self.latent, self.layer.group, self.residual)
+        y = Product.apply(x, self.codes[: self.bits], scales, offsets, self.latent, self.layer.group, self.residual)
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
     def packed(self) -> Stored:
         """The layer as a checkpoint holds it: scales fp16, non-negative and, with 16 bits, descending; the codes turned along."""
         if self.lower:  # planes have an order of their own
-            offsets = None if self.offsets is None else self.offsets.half()
-            return Nested(Packed(self.codes, self.scales.half(), offsets), {name: self._buffers[name] for name in self.lower})
+            grids = {name: p.half() for name, p in self.named_parameters() if name != "bias"}
+            return from_tensors({"codes": self.codes} | grids)
         b, N, _ = self.codes.shape
         scales, offsets = self._grids()
         if self.scale_units is not None:  # planes keep their order, each having units of its own
@@ -200,3 +220,10 @@ class Tunable(torch.nn.Module):
         if self.scale_units is not None:
             packed = EightBit(packed, self._units("scales"), None if offsets is None else self._units("offsets"))
         return Corrected(packed, self.residual) if self.layer.corrected else packed
+
+
+def run_at(module: torch.nn.Module, bits: int) -> None:
+    """Let every `Tunable` inside that has several precisions run at `bits` bits."""
+    for layer in module.modules():
+        if isinstance(layer, Tunable) and layer.lower:
+            layer.bits = bits

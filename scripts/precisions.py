@@ -1,9 +1,9 @@
-"""Measure one any-precision checkpoint at every precision beside separate ones, into `scripts/results/precisions-NAME.json`.
+"""Measure any-precision checkpoints at every precision beside separate ones, into `scripts/results/precisions-NAME.json`.
 
     python scripts/precisions.py opt-tiny
 
-Method feedback, protocol `raw`, WikiText-2 test, fp32; otherwise as scripts/quality.py. Rows that the file already holds from the
-same environment are kept. Then `python scripts/precisions_report.py` renews the README's table.
+Method feedback, with and without distilling, protocol `raw`, WikiText-2 test, fp32; otherwise as scripts/quality.py. Rows that
+the file already holds from the same environment are kept. Then `python scripts/precisions_report.py` renews the README's table.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from lutq.report import bits_per_weight
 
 BITS = (4, 3, 2)
 SEPARATE, TOGETHER = "one checkpoint each", "one checkpoint for all"
+DISTILL = 2
+ROWS = {row + (f", `--distill {n}`" if n else ""): (row, n) for row in (SEPARATE, TOGETHER) for n in (0, DISTILL)}
 
 
 def main() -> None:
@@ -38,19 +40,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         @functools.cache
-        def quantized(bits: int, lowest_bits: int, group: int) -> tuple[Path, float]:
+        def quantized(bits: int, lowest_bits: int, group: int, distill: int) -> tuple[Path, float]:
             """Directory of a checkpoint, and its stored bits per weight."""
-            config = QuantConfig(bits=bits, lowest_bits=lowest_bits, group=group, **FEEDBACK)
-            report = quantize_checkpoint(path, Path(folder) / f"{bits}-{lowest_bits}", config, device=arguments.device)
+            config = QuantConfig(bits=bits, lowest_bits=lowest_bits, group=group, distill=distill, **FEEDBACK)
+            out = Path(folder) / f"{bits}-{lowest_bits}-{distill}"
+            report = quantize_checkpoint(path, out, config, device=arguments.device)
             return report.out, bits_per_weight(report.layers)
 
         def measure_row(row: str, bits: int, group: int) -> dict[str, Any]:
-            directory, stored = quantized(*((max(BITS), min(BITS)) if row == TOGETHER else (bits, 0)), group)
+            stored_as, distill = ROWS[row]
+            precisions = (bits, 0) if stored_as == SEPARATE else (max(BITS), min(BITS))
+            directory, stored = quantized(*precisions, group, distill)
             model = plain(load(directory, device=arguments.device, dtype="float32", bits=bits))
             ppl = measure(model, tokenizer, text, name, "raw", progress=False)
             return {"row": row, "bits": bits, "group": group, "stored": stored, "ppl": ppl.perplexity, "windows": ppl.windows}
 
-        rows = [(row, bits, arguments.group) for row in (SEPARATE, TOGETHER) for bits in BITS]
+        rows = [(row, bits, arguments.group) for row in ROWS for bits in BITS]
         measure_rows(RESULTS / f"precisions-{name}.json", settings, rows, "row", measure_row)
 
 

@@ -5,7 +5,7 @@ python scripts/precisions_report.py
 
 from typing import Any
 
-from precisions import SEPARATE
+from precisions import ROWS, SEPARATE
 from readme import read, settings_of, write
 
 BEGIN, END = "<!-- precisions: written by scripts/precisions_report.py -->", "<!-- end of precisions -->"
@@ -28,7 +28,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for row in dict.fromkeys(record["row"] for record in records):
         found = {record["bits"]: record for record in records if record["row"] == row}
-        stored = sum(record["stored"] for record in found.values()) if row == SEPARATE else found[bits[0]]["stored"]
+        stored = sum(record["stored"] for record in found.values()) if ROWS[row][0] == SEPARATE else found[bits[0]]["stored"]
         lines.append(f"| {row} | " + " | ".join(f"{found[b]['ppl']:.2f}" for b in bits) + f" | {stored:.2f} |")
     return "\n".join(lines)
 

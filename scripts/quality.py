@@ -47,7 +47,7 @@ def figures_of(report: Report) -> dict[str, Any]:
     }
     if report.calibration:
         figures |= {"output_error": [report.calibration.before, report.calibration.after], "text": report.calibration.text}
-        figures |= {"divergence": report.calibration.distilled}
+        figures |= {"divergence": report.calibration.distilled.get(report.config.bits)}
     return figures
 
 

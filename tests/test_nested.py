@@ -1,5 +1,6 @@
 """Any-precision checkpoints: the fit against brute force, and every precision of a file against its own definition."""
 
+import contextlib
 import itertools
 import json
 
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import lutq
 import lutq.hf
-from lutq import bcq, calib, nested, solve
+from lutq import bcq, calib, nested, refine, solve
 from lutq.bcq import Bcq
+from lutq.blocks import Blocks
 from lutq.config import QuantConfig
 from lutq.errors import LutqError
 from lutq.hessian import accumulate, damp, inverse_factor
@@ -21,6 +23,7 @@ from lutq.pack import LOWER, PARTS, dequantize, from_tensors, to_tensors
 from lutq.parallel.ranks import Ranks
 from lutq.quantize import quantize_checkpoint
 from lutq.store import Store
+from lutq.tunable import run_at
 
 SMALL = {"calib_windows": 6, "calib_length": 48, "rounds": 2, "sweeps": 2, "iterations": 2}
 
@@ -76,69 +79,125 @@ def test_exact_weights_are_found():
     assert torch.allclose(bcq.values(*grown), w, atol=1e-3), f"{(bcq.values(*grown) - w).abs().max()=}"
 
 
-def brute_feedback(w, H, given, scale):
-    """One row rounded to given +- scale input by input, later weights at their best by least squares each time, in float64."""
-    w, H = w.double().clone(), H.double()
-    target, K, q = w.clone(), len(w), []
+def inputs_at(K, count):
+    """An H for each of `count` precisions, all different."""
+    return [problem(1, K, seed)[1] for seed in range(count)]
+
+
+def levels_of(fit, n):
+    """The 2^b levels of row n by code in float64."""
+    scales, offset = grid_of(fit, n)
+    return torch.stack([offset + (2 * bits.double() - 1) @ scales for bits in bcq.patterns(len(scales), scales.device)])
+
+
+def values_of(code, levels):
+    """The level at each precision of the code of all planes."""
+    return [level[code * len(level) // len(levels[-1])] for level in levels]
+
+
+def brute_feedback(w, Hs, levels):
+    """One row quantized input by input at every precision in float64: the codes of least summed loss, if the later weights of
+    each precision are then at their best by least squares.
+    """
+    qs, K = [[] for _ in Hs], len(w)
+    w = w.double()
     for k in range(K):
-        q.append(given[k] + (scale if w[k] >= given[k] else -scale))
-        e = target[: k + 1] - torch.stack(q)
-        if k + 1 < K:
-            w[k + 1 :] = target[k + 1 :] + torch.linalg.solve(H[k + 1 :, k + 1 :], H[k + 1 :, : k + 1] @ e)
-    return torch.stack(q)
+
+        def cost(i, q, k=k):
+            H, e = Hs[i].double(), w[: k + 1] - torch.stack([*qs[i], q])
+            e = torch.cat([e, -torch.linalg.solve(H[k + 1 :, k + 1 :], H[k + 1 :, : k + 1] @ e)])
+            return e @ H @ e
+
+        costs = [sum(cost(i, q) for i, q in enumerate(values_of(code, levels))) for code in range(len(levels[-1]))]
+        for q, value in zip(qs, values_of(int(torch.stack(costs).argmin()), levels), strict=True):
+            q.append(value)
+    return [torch.stack(q) for q in qs]
 
 
-def test_feedback_is_brute_force_least_squares():
-    W, H = problem(6, 10)
-    start = nested.extend(W, bcq.alternating(W, 2, True), 2)
-    fit, E = nested.feedback(W, inverse_factor(H), start)
-    q, given = bcq.values(*fit), nested.without_last(start).double()
-    for n in range(6):
-        expected = brute_feedback(W[n], H, given[n], start.scales[-1, n].double())
-        assert torch.allclose(q[n].double(), expected, atol=1e-5), f"{n=} {q[n]=} {expected=}"
-    assert torch.allclose(E.square().sum(1), solve.loss(W, q, H), rtol=1e-3)
+@pytest.mark.parametrize(("bits", "has_offsets"), [(range(2, 5), True), (range(1, 3), False)])
+def test_feedback_is_brute_force_least_squares(bits, has_offsets):
+    W, Hs = problem(5, 8)[0], inputs_at(8, len(bits))
+    Us = [inverse_factor(H) for H in Hs]
+    grids = nested.starts([W] * len(bits), [1 / U.diagonal() for U in Us], bits, has_offsets, 2)
+    grids = [Bcq(fit.planes[:, :5], fit.scales[:, :5], fit.offsets[:5] if has_offsets else None) for fit in grids]
+    fits, Es = nested.feedback([W] * len(bits), Us, grids)
+    for n in range(5):
+        expected = brute_feedback(W[n], Hs, [levels_of(fit, n) for fit in grids])
+        for fit, q in zip(fits, expected, strict=True):
+            assert torch.allclose(bcq.values(*fit)[n].double(), q, atol=1e-5), f"{bits=} {n=} {len(fit.planes)=}"
+    for fit, E, H in zip(fits, Es, Hs, strict=True):
+        assert torch.equal(fit.planes, fits[-1].planes[: len(fit.planes)]), f"{bits=}"
+        assert torch.allclose(E.square().sum(1), solve.loss(W, bcq.values(*fit), H), rtol=1e-3), f"{bits=} {len(fit.planes)=}"
 
 
 def test_coordinate_steps_are_exact():
-    W, H = problem(4, 6)
-    fit = nested.extend(W, bcq.alternating(W, 2, True), 2)
-    q = bcq.values(*fit)
-    moved, new = nested.improve(fit, q, (W - q) @ H, H)
-    assert torch.allclose(new, bcq.values(*moved), atol=1e-6)
-    assert_stored(moved, Bcq(fit.planes[:-1], None, None), "improve")
-    given, scale = nested.without_last(fit).double(), fit.scales[-1].double()
+    W, Hs = problem(4, 6)[0], inputs_at(6, 3)
+    fits = nested.extend_layer(
+        W, Bcq(*(part[..., None] if part.dim() < 3 else part for part in bcq.alternating(W, 2, True))), 4, 6
+    )
+    fits = [nested.group_of(fit, slice(0, 6), 0) for fit in fits]
+    qs = [bcq.values(*fit) for fit in fits]
+    moved, new = nested.move_codes(fits, qs, [(W - q) @ H for q, H in zip(qs, Hs, strict=True)], Hs)
     for n in range(4):
-        expected = q[n].double().clone()
+        levels, expected = [levels_of(fit, n) for fit in fits], [q[n].double().clone() for q in qs]
         for k in range(6):
-            tries = expected.repeat(2, 1)
-            tries[:, k] = given[n, k] + torch.tensor([-1.0, 1.0]).double() * scale[n]
-            e = W[n].double() - tries
-            expected = tries[(e @ H.double() * e).sum(1).argmin()]
-        bits = expected > given[n]
-        assert torch.equal(moved.planes[-1, n], bits), f"{n=} {moved.planes[-1, n]=} {bits=}"
+            costs = []
+            for code in range(16):
+                tries = [q.clone() for q in expected]
+                for q, value in zip(tries, values_of(code, levels), strict=True):
+                    q[k] = value
+                costs.append(sum((W[n].double() - q) @ H.double() @ (W[n].double() - q) for q, H in zip(tries, Hs, strict=True)))
+            for q, value in zip(expected, values_of(int(torch.stack(costs).argmin()), levels), strict=True):
+                q[k] = value
+        for fit, q, exact in zip(moved, new, expected, strict=True):
+            assert torch.allclose(q[n].double(), exact, atol=1e-5), f"{n=} {len(fit.planes)=}"
+            assert torch.allclose(bcq.values(*fit)[n], q[n], atol=1e-6), f"{n=} {len(fit.planes)=}"
 
 
-@pytest.mark.parametrize(("K", "g", "has_offsets", "sweeps"), [(100, 32, True, 3), (96, 96, False, 2), (64, 32, True, 0)])
-def test_solved_planes_are_no_worse_and_beat_the_plain_ones(K, g, has_offsets, sweeps):
-    W, H = problem(16, K)
-    lower = solve.descend(W, H, solve.solve(W, H, 2, g, has_offsets), g, sweeps)
-    for bits in (3, 4):
-        about = f"{K=} {g=} {has_offsets=} {sweeps=} {bits=}"
-        fit, plain = nested.solve(W, H, lower, g, sweeps=sweeps), nested.extend_layer(W, lower, g)
-        assert_stored(fit, lower, about)
-        before, after = (solve.loss(W, solve.dense(one, g), H) for one in (lower, fit))
-        assert (after <= before * (1 + 1e-5)).all(), f"{about} {before=} {after=}"
-        assert after.sum() < solve.loss(W, solve.dense(plain, g), H).sum(), about
-        assert after.sum() < 0.7 * before.sum(), about
-        lower = fit
+@pytest.mark.parametrize(
+    ("K", "g", "has_offsets", "sweeps", "bits"),
+    [(100, 32, True, 3, range(2, 5)), (96, 96, False, 2, range(1, 4)), (64, 32, True, 0, range(3, 5))],
+)
+def test_all_precisions_together_beat_plane_after_plane(K, g, has_offsets, sweeps, bits):
+    about = f"{K=} {g=} {has_offsets=} {sweeps=} {bits=}"
+    W, Hs = problem(16, K)[0], inputs_at(K, len(bits))
+
+    def losses(fits):
+        return [solve.loss(W, solve.dense(fit, g), H) for fit, H in zip(fits, Hs, strict=True)]
+
+    plain = solve.solve(W.clone(), torch.eye(K), bits[0], g, has_offsets)
+    plain = nested.extend_layer(W, plain, bits[-1], g)
+    solved = nested.solve(W, Hs, bits, g, has_offsets, rounds=2, iterations=4)
+    before = losses(solved)
+    fits = nested.descend(W, Hs, solved, g, sweeps)
+    after = losses(fits)
+    assert (sum(after) <= sum(before) * (1 + 1e-5)).all(), f"{about} {before=} {after=}"
+    for one, other in zip(nested.no_worse(W, Hs, fits, g), fits, strict=True):  # so it is at once, with these inputs
+        assert_stored(one, one._replace(planes=fits[-1].planes[: len(one.planes) - 1]), about)
+        assert torch.equal(one.planes, other.planes), about
+    for ours, theirs in zip(after, losses(plain), strict=True):
+        assert ours.sum() < theirs.sum(), f"{about} {ours.sum()=} {theirs.sum()=}"
+    for lower, higher in itertools.pairwise(after):
+        assert higher.sum() < 0.7 * lower.sum(), f"{about} {lower.sum()=} {higher.sum()=}"
+
+
+def test_a_row_that_more_planes_made_worse_takes_the_grid_below():
+    W, H = problem(6, 64)
+    fits = nested.solve(W, [H, H], range(2, 4), 32, True)
+    fits[1].scales[:, 2] *= 9
+    again = nested.no_worse(W, [H, H], fits, 32)
+    low, bad, good = (solve.dense(fit, 32) for fit in (fits[0], fits[1], again[1]))
+    assert torch.equal(good[2], low[2])
+    assert torch.equal(good[[0, 1, 3, 4, 5]], bad[[0, 1, 3, 4, 5]])
 
 
 def test_weights_that_need_no_more_planes():
     """Constant and zero groups: the new plane gets the scale 0, and nothing is NaN."""
     W = torch.cat([torch.zeros(4, 32), torch.full((4, 32), 0.5)], 1)
     lower = solve.solve(W.clone(), torch.eye(64), 2, 32, True)
-    for fit in (nested.extend_layer(W, lower, 32), nested.solve(W, torch.eye(64), lower, 32)):
-        assert torch.equal(solve.dense(fit, 32), W), f"{(solve.dense(fit, 32) - W).abs().max()=}"
+    for fits in (nested.extend_layer(W, lower, 4, 32), nested.solve(W, [torch.eye(64)] * 3, range(2, 5), 32, True)):
+        for fit in fits:
+            assert torch.allclose(solve.dense(fit, 32), W, atol=1e-4), f"{len(fit.planes)=} {solve.dense(fit, 32)=}"
 
 
 FILES = {
@@ -322,8 +381,7 @@ def test_damaged_files_are_refused(sound, tmp_path, damage, message):
         ({"lowest_bits": 4}, "lowest_bits must be at least 1 and less than bits"),
         ({"lowest_bits": -1}, "lowest_bits must be"),
         ({"method": "rtn"}, "method is 'rtn'"),
-        ({"refine": 1}, "refine tunes one precision"),
-        ({"distill": 1, "flips": True}, "distill tunes one precision"),
+        ({"distill": 1, "flips": True}, "flips learns codes, which the precisions of lowest_bits share"),
         ({"target_bpw": 3.0}, "needs 4 bits in every layer: leave out target_bpw"),
         ({"target_ms": 3.0}, "needs 4 bits in every layer: leave out target_ms"),
         ({"head_bits": 3}, "needs 4 bits in every layer"),
@@ -335,22 +393,92 @@ def test_settings_that_do_not_go_together(settings, message):
         QuantConfig(**{"bits": 4, "lowest_bits": 2} | settings)
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
+TUNED = {"bits": 3, "lowest_bits": 1, "group": 32} | SMALL | {"rounds": 1, "sweeps": 1}
+
+
+@pytest.fixture
+def short_books(monkeypatch):
     text, source = calib.calibration_text("books")
     monkeypatch.setattr(calib, "calibration_text", lambda _: (text[:6000], source))
-    config = QuantConfig(bits=3, lowest_bits=2, group=32, method="feedback", **SMALL | {"rounds": 1, "sweeps": 1})
-    quantize_checkpoint(tiny("opt"), tmp_path / "whole", config, device="cpu")
-    finish = Store.finish_block
 
-    def stop(self, *arguments):
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("opt", {"distill": 2}),
+        ("llama", {"method": "feedback", "rounds": 0, "refine": 1, "distill": 1, "offsets": False}),
+        ("opt", {"refine": 1, "scaling": True}),
+    ],
+)
+def test_every_precision_is_tuned_and_stored(tiny, tmp_path, monkeypatch, short_books, family, more):
+    about, walks, start = f"{family=} {more=}", [], Blocks.__init__
+
+    def keep(self, *arguments):
+        walks.append(self)
+        start(self, *arguments)
+
+    monkeypatch.setattr(Blocks, "__init__", keep)
+    report = quantize_checkpoint(tiny(family), tmp_path / "out", QuantConfig(**TUNED | more), device="cpu")
+    distilled = report.calibration.distilled
+    assert list(distilled) == ([1, 2, 3] if "distill" in more else []), about
+    for bits in (1, 2, 3):
+        run_at(walks[0].model, bits)
+        model = lutq.load(tmp_path / "out", device="cpu", bits=bits, dtype="float32")
+        one, other = logits(model), logits(walks[0].model)
+        assert torch.allclose(one, other, atol=2e-2 * other.abs().max().item()), f"{about} {bits=} {(one - other).abs().max()=}"
+    for key, tensor in read(tmp_path / "out").items():
+        if ".scales" in key:
+            assert (tensor >= 0).all(), f"{about} {key}"
+    if distilled:
+        for bits, (before, after) in distilled.items():
+            assert after < before, f"{about} {bits=} {before=} {after=}: nothing was learned"
+            assert f"{before:.4f} -> {after:.4f} at {bits} bits" in report.summary(), f"{about} {report.summary()}"
+
+
+def test_tuning_leaves_what_precisions_share(tiny, tmp_path, short_books):
+    settings = TUNED | {"overrides": {"layers\\.0\\.": {"skip": True}}}  # a block without anything to tune
+    quantize_checkpoint(tiny("opt"), tmp_path / "plain", QuantConfig(**settings), device="cpu")
+    quantize_checkpoint(tiny("opt"), tmp_path / "tuned", QuantConfig(**settings | {"refine": 1, "distill": 1}), device="cpu")
+    plain, tuned = read(tmp_path / "plain"), read(tmp_path / "tuned")
+    assert plain.keys() == tuned.keys()
+    for key, tensor in plain.items():
+        same, is_grid = torch.equal(tensor, tuned[key]), key.rpartition(".")[2].startswith(("scales", "offsets"))
+        assert same != is_grid, f"{key}: {same=}"
+
+
+def test_worse_tuning_is_thrown_away_at_every_precision(tiny, tmp_path, monkeypatch, short_books):
+    quantize_checkpoint(tiny("llama"), tmp_path / "plain", QuantConfig(**TUNED), device="cpu")
+    monkeypatch.setattr(refine, "rate_of", lambda p, rate: 100.0)
+    quantize_checkpoint(tiny("llama"), tmp_path / "tuned", QuantConfig(**TUNED | {"refine": 1, "distill": 1}), device="cpu")
+    one, other = read(tmp_path / "plain"), read(tmp_path / "tuned")
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+@pytest.mark.parametrize("more", [{"method": "feedback", "lowest_bits": 2, "rounds": 0}, {"refine": 1, "distill": 2}])
+def test_an_interrupted_run_goes_on_bit_for_bit(tiny, tmp_path, short_books, more):
+    """The run dies after every block and every pass of every precision."""
+    config = QuantConfig(**TUNED | more)
+    quantize_checkpoint(tiny("opt"), tmp_path / "whole", config, device="cpu")
+    finish, save, done = Store.finish_block, Store.save, []
+
+    def stop_after_block(self, *arguments):
         finish(self, *arguments)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, "finish_block", stop)
-        with pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(tiny("opt"), tmp_path / "parts", config, device="cpu")
-    quantize_checkpoint(tiny("opt"), tmp_path / "parts", config, device="cpu")
+    def stop_after_pass(self, name, state):
+        save(self, name, state)
+        if name.startswith("distill"):
+            done.append(name)
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "finish_block", stop_after_block)
+        patch.setattr(Store, "save", stop_after_pass)
+        for _ in range(20):
+            with contextlib.suppress(KeyboardInterrupt):
+                quantize_checkpoint(tiny("opt"), tmp_path / "parts", config, device="cpu")
+                break
+    assert done == [f"distill-{bits}" for bits in config.precisions for _ in range(config.distill)]
     whole, parts = read(tmp_path / "whole"), read(tmp_path / "parts")
     assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[key], parts[key]) for key in whole), "an interrupted run ends in other bits"
+    assert all(torch.equal(whole[key], parts[key]) for key in whole), f"{more=}: an interrupted run ends in other bits"

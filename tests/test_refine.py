@@ -5,9 +5,9 @@ import torch
 from conftest import random_packed
 
 from lutq.config import LayerConfig
-from lutq.pack import dequantize
+from lutq.pack import Nested, dequantize, to_tensors, unpack_bits
 from lutq.refine import Tuner, divergence, split_windows, tunable_parameters
-from lutq.tunable import Tunable
+from lutq.tunable import Tunable, run_at
 
 
 def layer_and_dense(N, K, layer):
@@ -123,6 +123,60 @@ def test_goes_on_bit_for_bit():
     second.finish()
     for (name, one), other in zip(module.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
+
+
+def several(N=6, K=64):
+    """A module of 3, 2 and 1 bits, and the dense weights of each."""
+    packed, layer = random_packed(N, K, LayerConfig(3, 32)), LayerConfig(3, 32)
+    lower = {}
+    for bits in (1, 2):
+        other = random_packed(N, K, layer._replace(bits=bits))
+        lower |= {f"scales_{bits}bit": other.scales, f"offsets_{bits}bit": other.offsets}
+    form = Nested(packed, lower)
+    dense = {bits: dequantize(*form.at(bits), 32, "bcq", K) for bits in (1, 2, 3)}
+    return torch.nn.Sequential(Tunable(form, K, layer, torch.nn.Parameter(torch.randn(N)))), dense, form
+
+
+def test_each_precision_runs_and_learns_its_own_grid():
+    module, dense, form = several()
+    x, names = torch.randn(5, 64), {1: "_1bit", 2: "_2bit", 3: ""}
+    for bits, W in dense.items():
+        run_at(module, bits)
+        expected = {f"0.{part}{names[bits]}" for part in ("scales", "offsets")}
+        assert set(tunable_parameters(module)) == expected, f"{bits=}: more than its grid"
+        y = module(x)
+        assert torch.allclose(y, x @ W.T + module[0].bias, atol=1e-4), f"{bits=}"
+        module.zero_grad()
+        weight = torch.randn_like(y)
+        (y * weight).sum().backward()
+        for name, p in module.named_parameters():
+            assert (p.grad is None) == (name not in {*expected, "0.bias"}), f"{bits=} {name}"
+        signs = 2 * unpack_bits(form.highest.codes[:bits], 64).double() - 1
+        dscales = ((weight.T @ x).double() * signs).unflatten(2, (2, 32)).sum(3)
+        found = module.get_parameter(f"0.scales{names[bits]}").grad.double()
+        assert torch.allclose(found, dscales, atol=1e-3), f"{bits=} {found=} {dscales=}"
+    stored, expected = to_tensors(module[0].packed()), to_tensors(form)
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_shared_codes_keep_scales_from_turning(bits):
+    module, dense, _ = several()
+    run_at(module.requires_grad_(requires_grad=False), bits)
+    x, seen = torch.randn(16, 32, 64), []
+    y = x @ -dense[bits].T  # what only negative scales could give
+
+    def loss(windows):
+        seen.append(min(p.min().item() for name, p in module.named_parameters() if "scales" in name))
+        return (module(x[windows]) - y[windows]).square().mean()
+
+    tuner = Tuner(module, loss, 16, 512, 3, 0.3, seed=0)
+    for _ in range(3):
+        list(tuner.run_epoch())
+    tuner.finish()
+    assert min(seen) == 0, f"{bits=} {min(seen)=}: no scale came to its bound, or one went beyond"
+    assert tuner.best_loss < tuner.first, f"{bits=}"
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 64])
