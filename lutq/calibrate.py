@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lutq.blocks import Blocks, input_stages, visit_inputs
 from lutq.calib import LONGEST, Calibration, read_calibration
 from lutq.config import LayerConfig, QuantConfig
+from lutq.diagonal import learn_block
 from lutq.errors import LutqError
 from lutq.fit import solve_layer
 from lutq.hessian import accumulate, damp
@@ -169,7 +170,8 @@ def calibrate_block(
     hidden = streams["quantized"]
     inputs = hidden[: max(1, HESSIAN_TOKENS // hidden.shape[1])]
     say = functools.partial(bar.write, file=sys.stderr)
-    scales = scale_block(walk, i, inputs, layers, config, say) if config.scaling else {}
+    scale = learn_block if config.learned_scaling else scale_block
+    scales = scale(walk, i, inputs, layers, config, say) if config.scaling or config.learned_scaling else {}
     for names in input_stages(walk, i, hidden):
         wanted = [name for name in names if f"{prefix}.{name}" in layers]
         if not wanted:

@@ -118,6 +118,9 @@ def quantize(
     scaling: Annotated[
         Optional[bool], setting("scaling", "Scale input channels, folded into the layers before.", "--scaling/--no-scaling")
     ] = None,
+    learned_scaling: Annotated[
+        Optional[int], setting("learned_scaling", "Passes over the windows that learn such scales.")
+    ] = None,
     damping: Annotated[Optional[float], setting("damping", "feedback: part of the mean added to a Hessian's diagonal.")] = None,
     rounds: Annotated[Optional[int], setting("rounds", "feedback: refits of each group's grid.")] = None,
     sweeps: Annotated[Optional[int], setting("sweeps", "feedback: sweeps of coordinate descent at the end.")] = None,

@@ -86,7 +86,8 @@ class QuantConfig:
         splits) or a text file. calib_windows: windows of it. calib_length: tokens in each, 0 for the model's maximum up to
         2048. seed: chooses the windows and their order.
     scaling: before the fit, search scales of the input channels of each layer, folded into the norm or layer before it
-        (AWQ; see lutq/transform.py). BCQ grids only.
+        (AWQ; see lutq/transform.py). BCQ grids only. learned_scaling: passes over the windows that learn such scales by
+        gradient, from the searched ones where these are a better start (OmniQuant; see lutq/diagonal.py).
     damping: `feedback` adds this part of the mean of a Hessian's diagonal to the diagonal; more where it must.
     rounds: `feedback` refits each group's grid so many times. sweeps: of coordinate descent after that, at least
         one with scale_bits 8, where codes are chosen anew on the rounded grids.
@@ -123,6 +124,7 @@ class QuantConfig:
     calib_length: int = 0
     seed: int = 0
     scaling: bool = False
+    learned_scaling: int = 0
     damping: float = 0.01
     rounds: int = 8
     sweeps: int = 8
@@ -160,6 +162,7 @@ class QuantConfig:
             ("rounds", 0),
             ("sweeps", 0),
             ("low_rank", 0),
+            ("learned_scaling", 0),
             ("refine", 0),
             ("distill", 0),
         ):
@@ -187,8 +190,9 @@ class QuantConfig:
             raise LutqError(f"calib_length must be 2 or more, or 0 for the model's maximum; not {self.calib_length}")
         if self.method == "rtn" and (self.refine or self.distill):
             raise LutqError(f"{'refine' if self.refine else 'distill'} tunes BCQ grids and method is 'rtn': use another method")
-        if self.method == "rtn" and self.scaling:
-            raise LutqError("scaling is for BCQ grids and method is 'rtn': use another method")
+        if self.method == "rtn" and (self.scaling or self.learned_scaling):
+            name = "scaling" if self.scaling else "learned_scaling"
+            raise LutqError(f"{name} is for BCQ grids and method is 'rtn': use another method")
         for pattern, table in self.overrides.items():
             check_override(pattern, table)
         if self.lowest_bits:
@@ -223,7 +227,8 @@ class QuantConfig:
     @property
     def calibrated(self) -> bool:
         """Whether a calibration text takes part."""
-        return self.method == "feedback" or self.scaling or self.refine > 0 or self.distill > 0
+        stages = self.learned_scaling, self.refine, self.distill
+        return self.method == "feedback" or self.scaling or max(stages) > 0
 
     @property
     def mixed(self) -> bool:
@@ -265,8 +270,9 @@ class QuantConfig:
         return {"outliers_per_row": count, "low_rank": self.low_rank}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as saved in a checkpoint."""
-        return dataclasses.asdict(self)
+        """Plain values, as saved in a checkpoint; without `learned_scaling` they are those of a lutq that did not know it."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name != "learned_scaling" or value}
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(QuantConfig)}
