@@ -24,7 +24,7 @@ from lutq.blocks import Blocks, input_stages, visit_inputs
 from lutq.config import LayerConfig, QuantConfig
 from lutq.hessian import accumulate
 from lutq.pack import group_size
-from lutq.refine import Loss, Tuner, block_error, split_windows
+from lutq.refine import Tuner, block_error, split_windows
 from lutq.transform import LARGEST, Place, by_name, fold, places, quantized, scale_block
 
 STRIDE = 10.0  # log s is learned in this unit: it moves so many times as far as a norm does in `refine`
@@ -76,7 +76,7 @@ def rounded(W: torch.Tensor, layer: LayerConfig) -> torch.Tensor:
     symmetric = not layer.offsets
     fit = uniform.rtn(w.detach(), layer.bits, symmetric)
     size = w.abs().amax(1) if symmetric else w.amax(1).clamp(min=0) - w.amin(1).clamp(max=0)
-    scales = fit.scales * torch.where(size > 0, size / size.detach(), 1)
+    scales = fit.scales * (1 + (size - size.detach()) / size.detach().clamp(min=1e-30))  # a group of zeros has size 0
     center = torch.full_like(scales, steps / 2) if fit.zero_points is None else fit.zero_points
     x = w / scales[:, None] + center[:, None]
     u = (x + (x.round() - x).detach()).clamp(0, steps)
@@ -105,15 +105,34 @@ def fitted_error(
         H = torch.zeros(K, K, device=walk.device)
         visit_inputs(walk, i, hidden[learned], names[0], lambda x, H=H: accumulate(H, x))
         H /= len(learned) * hidden.shape[1]
-        fits = quantized(
-            [block.get_submodule(name).weight for name in names],
-            H,
-            torch.ones(K, device=walk.device),
-            [layers[name] for name in names],
-            config,
-        )
+        Ws, settings = [block.get_submodule(name).weight for name in names], [layers[name] for name in names]
+        fits = quantized(Ws, H, torch.ones(K, device=walk.device), settings, config)
         weights |= {f"{name}.weight": Q for name, Q in zip(names, fits, strict=True)}
     return block_error(walk.through(outputs_with(walk, i, weights), i, hidden[held_out]), original[held_out]).item()
+
+
+def learn(
+    walk: Blocks, i: int, hidden: torch.Tensor, original: torch.Tensor, starts: list[Diagonal], config: QuantConfig
+) -> tuple[list[torch.Tensor], float, float]:
+    """Scales learned from the best of some starts for block i, whose outputs for hidden [n, L, d] are `original`.
+
+    Returned are those of the least error of the rounded block on the windows held out, that error of the first start, and theirs.
+    """
+
+    def tuner_of(diagonal: Diagonal) -> Tuner:
+        def loss(windows: torch.Tensor) -> torch.Tensor:
+            outputs = walk.run(outputs_with(walk, i, diagonal.weights()), i, hidden[windows])
+            return block_error(outputs, original[windows])
+
+        return Tuner(diagonal, loss, *hidden.shape[:2], config.learned_scaling, config.rate, config.seed)
+
+    tuners = [tuner_of(diagonal) for diagonal in starts]
+    tuner, diagonal = min(zip(tuners, starts, strict=True), key=lambda pair: pair[0].first)
+    for _ in range(config.learned_scaling):
+        for _ in tuner.run_epoch():
+            pass
+    tuner.finish()
+    return [s.detach() for s in diagonal.scales()], tuners[0].first, tuner.best_loss
 
 
 def learn_block(
@@ -136,45 +155,25 @@ def learn_block(
         return {}
     original = walk.through(block, i, hidden)
     state = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    tries = {"no scales": [torch.ones(len(block.get_submodule(place.source).weight), device=walk.device) for place in found]}
+    tries = {"no scales": [torch.ones(len(state[f"{place.source}.weight"]), device=walk.device) for place in found]}
     if config.scaling:
         searched = scale_block(walk, i, hidden, layers, config, say)
         tries["searched"] = [searched[f"{prefix}.{place.source}.outputs"].to(walk.device) for place in found]
         block.load_state_dict(state)
     inside = {name.removeprefix(f"{prefix}."): layer for name, layer in layers.items() if name.startswith(f"{prefix}.")}
     weights = {name: state[f"{name}.weight"] for name in inside}
-
-    def loss_of(diagonal: Diagonal) -> Loss:
-        def loss(windows: torch.Tensor) -> torch.Tensor:
-            outputs = walk.run(outputs_with(walk, i, diagonal.weights()), i, hidden[windows])
-            return block_error(outputs, original[windows])
-
-        return loss
-
-    def tuner_of(start: list[torch.Tensor]) -> tuple[Tuner, Diagonal]:
-        diagonal = Diagonal(found, start, weights, inside)
-        length, epochs = hidden.shape[1], config.learned_scaling
-        return Tuner(diagonal, loss_of(diagonal), len(hidden), length, epochs, config.rate, config.seed), diagonal
-
-    tuners = [tuner_of(start) for start in tries.values()]
-    without = tuners[0][0].first
-    tuner, diagonal = min(tuners, key=lambda pair: pair[0].first)
-    for _ in range(config.learned_scaling):
-        for _ in tuner.run_epoch():
-            pass
-    tuner.finish()
-    tries["learned"] = [s.detach() for s in diagonal.scales()]
+    starts = [Diagonal(found, start, weights, inside) for start in tries.values()]
+    tries["learned"], before, after = learn(walk, i, hidden, original, starts, config)
     errors = {}
     for name, scales in tries.items():
         for place, s in zip(found, scales, strict=True):
             fold(block, place, s)
         errors[name] = fitted_error(walk, i, hidden, original, inside, config)
         block.load_state_dict(state)
-    best = min(errors, key=errors.get)
-    kept = {}
+    best, kept = min(errors, key=errors.get), {}
     for place, s in zip(found, tries[best], strict=True):
         fold(block, place, s)
         kept |= by_name(prefix, place, s)
     fits = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
-    say(f"{prefix}  learned scales: rounded block error {without:.4f} -> {tuner.best_loss:.4f}; fitted: {fits}; kept: {best}")
+    say(f"{prefix}  learned scales: rounded block error {before:.4f} -> {after:.4f}; fitted: {fits}; kept: {best}")
     return kept
