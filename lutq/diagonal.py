@@ -1,16 +1,17 @@
-"""Scales of input channels learned by gradient. Places and folding are those of lutq/transform.py, and like the scales searched
-for there they cost nothing when the model runs.
+"""Scales of input channels learned by gradient. Places and folding are those of lutq/transform.py, so they cost nothing when the
+model runs either.
 
 All scales of a block are learned together, by the error of the block's outputs with every layer W [N, K] replaced by
 
-    Q(W t) / t      t [N, K] = s_k of the input's scales / s_n of the output's, where the layer is the source of others
+    Q(W t) / t      t_nk = s_k / r_n: s_k scales input k, and r_n divides output n where the layer is a source itself
 
-which is what the folded and quantized layer is between neighbours that are not folded. To learn an equivalent transformation
-is OmniQuant (arXiv 2308.13137); of AffineQuant's matrices (arXiv 2403.12544) this is the diagonal. Q stands for the fit to
-come: nearest levels of the uniform grid with a searched clipping range. Gradients pass straight through the rounding, and
-through the step, which grows with the range of its group: who enlarges a channel beyond its group pays for it.
+which is what the folded and quantized layer amounts to between neighbours that are not folded. Learning equivalent
+transformations is OmniQuant's idea (arXiv 2308.13137); of AffineQuant's matrices (arXiv 2403.12544) this is the diagonal. Q
+stands for the fit to come: the nearest levels of a uniform grid with a searched clipping range. Gradients pass straight through
+the rounding; the size of a step follows the range of its group, so widening a channel has its price.
 
-What is learned is kept only if the fit itself, a quick one, agrees on windows that took no part.
+One window in eight is held out. The best state on those is taken, the start included, and is kept only if the fit itself, a
+quick one, has no larger error on them than without.
 """
 
 import math
