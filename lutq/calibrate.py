@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lutq.blocks import Blocks, input_stages
 from lutq.calib import LONGEST, OWN, Calibration, read_calibration
 from lutq.config import LayerConfig, QuantConfig
+from lutq.diagonal import learn_block
 from lutq.endloss import hessians, token_weights
 from lutq.errors import LutqError
 from lutq.fit import solve_layer
@@ -233,7 +234,8 @@ def calibrate_block(
     hidden = streams[config.bits]
     inputs = {bits: hessian_part(streams[bits]) for bits in config.precisions}
     say = functools.partial(bar.write, file=sys.stderr)
-    scales = scale_block(walk, i, inputs[config.bits], layers, config, say) if config.scaling else {}
+    scale = learn_block if config.learned_scaling else scale_block
+    scales = scale(walk, i, inputs[config.bits], layers, config, say) if config.scaling or config.learned_scaling else {}
     for names in input_stages(walk, i, hidden):
         wanted = [name for name in names if f"{prefix}.{name}" in layers]
         if not wanted:

@@ -119,6 +119,9 @@ def quantize(
     scaling: Annotated[
         Optional[bool], setting("scaling", "Scale input channels, folded into the layers before.", "--scaling/--no-scaling")
     ] = None,
+    learned_scaling: Annotated[
+        Optional[int], setting("learned_scaling", "Passes over the windows that learn such scales.")
+    ] = None,
     damping: Annotated[Optional[float], setting("damping", "feedback: part of the mean added to a Hessian's diagonal.")] = None,
     end_loss: Annotated[
         Optional[bool], setting("end_loss", "feedback: weigh tokens by their part in the end loss.", "--end-loss/--no-end-loss")

@@ -86,7 +86,8 @@ class QuantConfig:
         lutq/samples.py), wikitext2, c4, ptb (their training splits) or a text file. calib_windows: windows of it. calib_length:
         tokens in each, 0 for the model's maximum up to 2048. seed: chooses the windows and their order.
     scaling: before the fit, search scales of the input channels of each layer, folded into the norm or layer before it
-        (AWQ; see lutq/transform.py). BCQ grids only.
+        (AWQ; see lutq/transform.py). BCQ grids only. learned_scaling: passes over the windows that learn such scales by
+        gradient, from the searched ones where these are a better start (OmniQuant; see lutq/diagonal.py).
     damping: `feedback` adds this part of the mean of a Hessian's diagonal to the diagonal; more where it must.
     end_loss: `feedback` weighs calibration tokens, layer by layer, by how much the end loss feels an error of the layer's outputs
         there (see lutq/endloss.py), for which the whole model is on the device once.
@@ -126,6 +127,7 @@ class QuantConfig:
     calib_length: int = 0
     seed: int = 0
     scaling: bool = False
+    learned_scaling: int = 0
     damping: float = 0.01
     end_loss: bool = False
     rounds: int = 8
@@ -164,6 +166,7 @@ class QuantConfig:
             ("rounds", 0),
             ("sweeps", 0),
             ("low_rank", 0),
+            ("learned_scaling", 0),
             ("refine", 0),
             ("distill", 0),
         ):
@@ -193,8 +196,9 @@ class QuantConfig:
             raise LutqError(f"{'refine' if self.refine else 'distill'} tunes BCQ grids and method is 'rtn': use another method")
         if self.end_loss and self.method != "feedback":
             raise LutqError(f"end_loss weighs the tokens of 'feedback' and method is {self.method!r}: leave one of the two out")
-        if self.method == "rtn" and self.scaling:
-            raise LutqError("scaling is for BCQ grids and method is 'rtn': use another method")
+        if self.method == "rtn" and (self.scaling or self.learned_scaling):
+            name = "scaling" if self.scaling else "learned_scaling"
+            raise LutqError(f"{name} is for BCQ grids and method is 'rtn': use another method")
         for pattern, table in self.overrides.items():
             check_override(pattern, table)
         if self.lowest_bits:
@@ -228,7 +232,8 @@ class QuantConfig:
     @property
     def calibrated(self) -> bool:
         """Whether a calibration text takes part."""
-        return self.method == "feedback" or self.scaling or self.refine > 0 or self.distill > 0
+        stages = self.learned_scaling, self.refine, self.distill
+        return self.method == "feedback" or self.scaling or max(stages) > 0
 
     @property
     def precisions(self) -> range:

@@ -180,12 +180,17 @@ def scale_block(
     for place in places(walk, i, hidden[:1], layers):
         s, before, after = search(walk, i, hidden, place, layers, config)
         fold(block, place, s)
-        scales |= {f"{prefix}.{place.source}.outputs": s.cpu()}
-        scales |= {f"{prefix}.{name}.inputs": s[place.channels].cpu() for name in place.readers}
+        scales |= by_name(prefix, place, s)
         say(f"{prefix}.{place.source}  scales for {', '.join(place.readers)}: block error {before:.4f} -> {after:.4f}")
     if not scales:
         say(f"{prefix}  no place where scales can be folded")
     return scales
+
+
+def by_name(prefix: str, place: Place, s: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Scales s [outputs of the source] of a place in the block `prefix`, as `scaled` takes them."""
+    inputs = {f"{prefix}.{name}.inputs": s[place.channels].cpu() for name in place.readers}
+    return {f"{prefix}.{place.source}.outputs": s.cpu()} | inputs
 
 
 def scaled(W: torch.Tensor, name: str, scales: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -39,7 +39,7 @@ FLAGS = {
             "--no-clip",
         ),
         *("--start", "--iterations", "--tolerance", "--head-bits", "--recipe", "--out", "--overwrite"),
-        *("--scaling", "--no-scaling", "--outliers", "--low-rank", "--end-loss", "--no-end-loss"),
+        *("--scaling", "--no-scaling", "--learned-scaling", "--outliers", "--low-rank", "--end-loss", "--no-end-loss"),
         *("--calib", "--calib-windows", "--calib-length", "--seed", "--damping", "--rounds", "--sweeps"),
         *("--refine", "--distill", "--flips", "--no-flips", "--rate", "--target-bpw", "--target-ms", "--groups", "--lowest-bits"),
         "--scale-bits",

@@ -29,7 +29,7 @@ OUT_OF_RANGE = [
     *(("calib_length", value) for value in (-1, 1, 1.5, "64", True, None)),
     *(
         (name, value)
-        for name in ("seed", "rounds", "sweeps", "low_rank", "refine", "distill")
+        for name in ("seed", "rounds", "sweeps", "low_rank", "learned_scaling", "refine", "distill")
         for value in (-1, 1.5, "1", True, None)
     ),
     *(("outliers", value) for value in (-0.1, 3.1, float("nan"), "0.5", True, None)),
@@ -97,7 +97,11 @@ def test_bad_pattern_is_refused(pattern):
         *(("tolerance", tolerance) for tolerance in (0.0, 0, 0.999)),
         *(("calib", name) for name in ("books", "c4", "some/file.txt")),
         *(("calib_length", length) for length in (0, 2, 2048)),
-        *((name, value) for name in ("seed", "rounds", "sweeps", "low_rank", "refine", "distill") for value in (0, 1, 1000)),
+        *(
+            (name, value)
+            for name in ("seed", "rounds", "sweeps", "low_rank", "learned_scaling", "refine", "distill")
+            for value in (0, 1, 1000)
+        ),
         *(("outliers", value) for value in (0, 0.5, 3)),
         *((name, value) for name in ("damping", "rate") for value in (0.0, 0, 0.999)),
         *((name, value) for name in ("target_bpw", "target_ms") for value in (0, 2.5, 16)),
