@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lutq.config import QuantConfig
 from lutq.data import fetch, read_text, wikitext_rows
 from lutq.errors import LutqError
+from lutq.journal import Journal
 from lutq.paths import ASSETS
+from lutq.samples import write_windows
+from lutq.store import FOLDER, Store
 
 NAMES = ("books", "own", "wikitext2", "c4", "ptb")
 OWN = "own"  # no text yet: the model writes it
@@ -85,3 +89,38 @@ def read_calibration(name: str, tokenizer: Any, windows: int, length: int, seed:
     text, source = calibration_text(name)
     tokens = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
     return Calibration(sample(tokens, windows, length, seed, source), source)
+
+
+def calibration_for(path: Path, model_config: Any, config: QuantConfig) -> Calibration | None:
+    """The calibration windows of a run, in the tokens of the model in `path`; None where it is to write them itself, see
+    `own_calibration`. Raises LutqError.
+    """
+    from lutq.tokens import load_tokenizer
+
+    length = window_length(model_config, config)
+    if config.calib == OWN:
+        return None
+    return read_calibration(config.calib, load_tokenizer(path), config.calib_windows, length, config.seed)
+
+
+def own_calibration(
+    path: Path, model_config: Any, config: QuantConfig, device: torch.device, partial: Path, journal: Journal
+) -> Calibration:
+    """The windows that the model in `path` writes on `device`; an interrupted run goes on with the same. Raises LutqError."""
+    from lutq.tokens import load_tokenizer
+
+    store = Store(partial / FOLDER, journal)
+    windows = store.load(OWN)
+    if windows is None:
+        length = window_length(model_config, config)
+        windows = write_windows(path, load_tokenizer(path), config.calib_windows, length, config.seed, device)
+        store.save(OWN, windows)
+    return Calibration(windows, "written by the model itself")
+
+
+def window_length(model_config: Any, config: QuantConfig) -> int:
+    """Tokens of a calibration window. Raises LutqError for more than the model takes."""
+    longest = getattr(model_config, "max_position_embeddings", None) or LONGEST
+    if config.calib_length > longest:
+        raise LutqError(f"calib_length is {config.calib_length} and the model takes {longest} tokens at most: use {longest}")
+    return config.calib_length or min(LONGEST, longest)

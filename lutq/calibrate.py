@@ -21,11 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from lutq.blocks import Blocks, input_stages
-from lutq.calib import LONGEST, OWN, Calibration, read_calibration
+from lutq.calib import Calibration
 from lutq.config import LayerConfig, QuantConfig
 from lutq.diagonal import learn_block
 from lutq.endloss import hessians, token_weights
-from lutq.errors import LutqError
 from lutq.fit import solve_layer
 from lutq.hessian import damp
 from lutq.journal import Journal, fingerprint
@@ -33,7 +32,6 @@ from lutq.pack import PARTS, EightBit, Nested, Stored, bare, from_tensors, highe
 from lutq.refine import Tuner, block_error, divergence
 from lutq.report import CalibrationReport
 from lutq.runtime import out_of_memory, progress_interval
-from lutq.samples import write_windows
 from lutq.store import FOLDER, Store
 from lutq.transform import scale_block, scaled
 from lutq.tunable import Tunable, run_at
@@ -75,41 +73,6 @@ class Calibrated:
         pairs = self.errors.values()
         before, after = (math.sqrt(sum(pair[i] ** 2 for pair in pairs) / max(len(pairs), 1)) for i in (0, 1))
         return CalibrationReport(self.text, before, after, self.distilled, self.weighted)
-
-
-def calibration_for(path: Path, model_config: Any, config: QuantConfig) -> Calibration | None:
-    """The calibration windows of a run, in the tokens of the model in `path`; None where it is to write them itself, see
-    `own_calibration`. Raises LutqError.
-    """
-    from lutq.tokens import load_tokenizer
-
-    length = window_length(model_config, config)
-    if config.calib == OWN:
-        return None
-    return read_calibration(config.calib, load_tokenizer(path), config.calib_windows, length, config.seed)
-
-
-def own_calibration(
-    path: Path, model_config: Any, config: QuantConfig, device: torch.device, partial: Path, journal: Journal
-) -> Calibration:
-    """The windows that the model in `path` writes on `device`; an interrupted run goes on with the same. Raises LutqError."""
-    from lutq.tokens import load_tokenizer
-
-    store = Store(partial / FOLDER, journal)
-    windows = store.load(OWN)
-    if windows is None:
-        length = window_length(model_config, config)
-        windows = write_windows(path, load_tokenizer(path), config.calib_windows, length, config.seed, device)
-        store.save(OWN, windows)
-    return Calibration(windows, "written by the model itself")
-
-
-def window_length(model_config: Any, config: QuantConfig) -> int:
-    """Tokens of a calibration window. Raises LutqError for more than the model takes."""
-    longest = getattr(model_config, "max_position_embeddings", None) or LONGEST
-    if config.calib_length > longest:
-        raise LutqError(f"calib_length is {config.calib_length} and the model takes {longest} tokens at most: use {longest}")
-    return config.calib_length or min(LONGEST, longest)
 
 
 def calibrate(

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from lutq import __version__
 from lutq.allocate import BudgetError, allocate
-from lutq.calib import Calibration
-from lutq.calibrate import Calibrated, calibrate, calibration_for, own_calibration
+from lutq.calib import Calibration, calibration_for, own_calibration
+from lutq.calibrate import Calibrated, calibrate
 from lutq.card import model_card
 from lutq.config import LayerConfig, QuantConfig
 from lutq.errors import LutqError
