@@ -33,6 +33,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "feedback --sweeps 0": FEEDBACK | {"sweeps": 0},
     "feedback": FEEDBACK,
     "feedback --calib own": FEEDBACK | {"calib": "own"},
+    "feedback --end-loss": FEEDBACK | {"end_loss": True},
 }
 RECIPES = {4: "best-4bit", 3: "best-3bit", 2: "best-2bit", 2.5: "best-mixed"}
 
