@@ -6,35 +6,33 @@ states that the next block needs; an interrupted run goes on after its last bloc
 in the same bits.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from lutq.blocks import Blocks, input_stages
 from lutq.calib import Calibration
 from lutq.config import LayerConfig, QuantConfig
 from lutq.diagonal import learn_block
+from lutq.distill import distill
 from lutq.endloss import hessians, token_weights
 from lutq.fit import solve_layer
 from lutq.hessian import damp
 from lutq.journal import Journal, fingerprint
-from lutq.pack import PARTS, EightBit, Nested, Stored, bare, from_tensors, highest, to_tensors
-from lutq.refine import Tuner, block_error, divergence
+from lutq.pack import PARTS, Stored, from_tensors, to_tensors
+from lutq.refine import Tuner, block_error
 from lutq.report import CalibrationReport
 from lutq.runtime import out_of_memory, progress_interval
 from lutq.store import FOLDER, Store
 from lutq.transform import scale_block, scaled
-from lutq.tunable import Tunable, run_at
+from lutq.tunable import Tunable, run_at, store_rounded, tunables
 
 HESSIAN_TOKENS = 1 << 17  # of the calibration text that Hessians are made from; more is for tuning
 ORIGINAL = 16  # bits of the hidden states that the original blocks give
@@ -56,6 +54,11 @@ class Calibrated:
     distilled: dict[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
     text: str = ""
     weighted: bool = False
+
+    def add(self, module: torch.nn.Module, prefix: str = "") -> None:
+        """Take over the quantized layers of a module, and its norms and biases; prefix: what its names lack."""
+        self.packed |= {f"{prefix}{name}": layer.packed() for name, layer in tunables(module)}
+        self.vectors |= {f"{prefix}{name}": p.detach().clone().cpu() for name, p in module.named_parameters() if p.dim() == 1}
 
     def layer(self, name: str, device: torch.device) -> Stored | None:
         """A quantized layer on `device`; None for one that calibration left to its plain fit."""
@@ -113,13 +116,13 @@ def calibrate(
                 figures, streams, scales = calibrate_block(walk, i, streams, layers, weights, config, bar)
                 store.finish_block(i, digest, figures, {"block": walk.blocks[i].state_dict(), "scales": scales}, streams)
             result.errors |= {name: tuple(pair) for name, pair in figures.items()}
-            result.packed |= {name: module.packed() for name, module in tunables(walk, i)}
-            result.vectors |= vectors(walk, i)
+            result.add(walk.blocks[i], f"{walk.name(i)}.")
             result.scales |= scales
             walk.blocks[i].to(device if config.distill else "cpu")
             bar.update()
     if config.distill:
-        distill(walk, calibration.windows, streams[ORIGINAL], config, result, store)
+        result.distilled = distill(walk, calibration.windows, streams[ORIGINAL], config, store)
+        result.add(walk.model)
     return result
 
 
@@ -129,18 +132,6 @@ def load_host(path: Path, device: torch.device) -> torch.nn.Module:
     from lutq.source import load_config
 
     return load(path, device="cpu", dtype=torch.float32 if device.type == "cpu" else load_config(path).dtype or torch.float16)
-
-
-def tunables(walk: Blocks, i: int) -> Iterator[tuple[str, Tunable]]:
-    """Full name and module of every quantized layer of block i."""
-    for name, module in walk.blocks[i].named_modules():
-        if isinstance(module, Tunable):
-            yield f"{walk.name(i)}.{name}", module
-
-
-def vectors(walk: Blocks, i: int) -> dict[str, torch.Tensor]:
-    """Copies of the norms and biases of block i, by full name."""
-    return {f"{walk.name(i)}.{name}": p.detach().clone().cpu() for name, p in walk.blocks[i].named_parameters() if p.dim() == 1}
 
 
 def block_digest(block: torch.nn.Module) -> str:
@@ -214,9 +205,9 @@ def calibrate_block(
                 block.set_submodule(name, tunable.requires_grad_(requires_grad=False))
     for bits in config.precisions:
         run_at(block, bits)
-        if config.refine and (any(tunables(walk, i)) or not config.lowest_bits):  # vectors alone are of all precisions
+        if config.refine and (any(tunables(block)) or not config.lowest_bits):  # vectors alone are of all precisions
             first, best = refine_block(walk, i, streams[bits], behind[ORIGINAL], config)
-            say(f"{prefix}  block error {first:.4f} -> {best:.4f}{at_bits(bits, config)}")
+            say(f"{prefix}  block error {first:.4f} -> {best:.4f}{config.at(bits)}")
         store_rounded(block)
         behind[bits] = walk.through(block, i, streams[bits])
     return figures, behind, scales
@@ -262,29 +253,6 @@ def refine_block(walk: Blocks, i: int, hidden: torch.Tensor, original: torch.Ten
     return tuner.first, tuner.best_loss
 
 
-def at_bits(bits: int, config: QuantConfig) -> str:
-    """Which of several precisions a figure is of, in words; nothing where there is one."""
-    return f" at {bits} bits" if config.lowest_bits else ""
-
-
-@torch.no_grad()
-def store_rounded(module: torch.nn.Module) -> None:
-    """Give every `Tunable` inside the values that a checkpoint would hold."""
-    for layer in module.modules():
-        if isinstance(layer, Tunable):
-            stored = layer.packed()
-            packed, planes = highest(stored), bare(stored)
-            layer.codes = packed.codes
-            if isinstance(planes, EightBit):
-                layer.scale_units, layer.offset_units = planes.scale_units, planes.offset_units
-            layer.scales.copy_(packed.scales)
-            if layer.offsets is not None:
-                layer.offsets.copy_(packed.offsets)
-            if isinstance(planes, Nested):
-                for name, tensor in planes.lower.items():
-                    getattr(layer, name).copy_(tensor)
-
-
 @torch.no_grad()
 def install(walk: Blocks, i: int, layers: dict[str, LayerConfig], state: dict[str, torch.Tensor]) -> None:
     """Put block i into the state that an earlier run left it in."""
@@ -297,44 +265,3 @@ def install(walk: Blocks, i: int, layers: dict[str, LayerConfig], state: dict[st
             tunable = Tunable(packed, module.in_features, layers[f"{prefix}.{name}"], module.bias, W)
             block.set_submodule(name, tunable.requires_grad_(requires_grad=False))
     block.load_state_dict(state)
-
-
-def distill(
-    walk: Blocks, windows: torch.Tensor, original: torch.Tensor, config: QuantConfig, result: Calibrated, store: Store
-) -> None:
-    """Tune the whole quantized model, at each of its precisions in turn, to the logits that follow from `original` [n, L, d],
-    the original blocks' output.
-    """
-    kept = {name: p.detach().clone() for name, p in walk.model.named_parameters() if p.dim() == 1}
-
-    def forward(i: int, hidden: torch.Tensor, extras: dict[str, Any]) -> torch.Tensor:
-        block = walk.blocks[i]  # makes its activations anew in the backward pass
-        return checkpoint(type(block).forward, block, hidden, use_reentrant=False, **extras)
-
-    def loss(numbers: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            wanted = walk.logits(original[numbers], kept)
-        with walk.replaced(forward) if walk.device.type == "cuda" else contextlib.nullcontext():
-            return divergence(walk.model(windows[numbers].to(walk.device), use_cache=False).logits, wanted)
-
-    for bits in config.precisions:
-        run_at(walk.model, bits)
-        tuner = Tuner(walk.model, loss, len(windows), windows.shape[1], config.distill, config.rate, config.seed)
-        state = store.load(f"distill-{bits}")
-        if state:
-            tuner.restore(state)
-        with tqdm(total=config.distill * len(tuner.learned), unit="window", mininterval=progress_interval()) as bar:
-            bar.update(tuner.epoch * len(tuner.learned))
-            while tuner.epoch < config.distill:
-                for step in tuner.run_epoch():
-                    bar.update(min(tuner.batch, len(tuner.learned)))
-                    bar.set_postfix(divergence=f"{step:.4f}", refresh=False)
-                words = f"divergence{at_bits(bits, config)} {tuner.first:.4f} -> {tuner.best_loss:.4f}"
-                bar.set_description(words, refresh=False)
-                store.save(f"distill-{bits}", tuner.state())
-        tuner.finish()
-        result.distilled[bits] = tuner.first, tuner.best_loss
-    store_rounded(walk.model)
-    for i in range(len(walk)):
-        result.packed |= {name: module.packed() for name, module in tunables(walk, i)}
-    result.vectors |= {name: p.detach().clone().cpu() for name, p in walk.model.named_parameters() if p.dim() == 1}

@@ -240,6 +240,10 @@ class QuantConfig:
         """Bits of the models that a checkpoint with the same bits in every layer serves."""
         return range(self.lowest_bits or self.bits, self.bits + 1)
 
+    def at(self, bits: int) -> str:
+        """Which of several precisions a figure is of, in words; nothing where there is one."""
+        return f" at {bits} bits" if self.lowest_bits else ""
+
     @property
     def mixed(self) -> bool:
         """Whether bits per layer are chosen under a budget."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lutq.tunable import Tunable
+from lutq.tunable import tunables
 
 TOKENS = 2048  # of an optimizer step
 BETAS = (0.9, 0.95)
@@ -32,7 +32,7 @@ def tunable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]
 
     Without the vectors where layers have several precisions, which share them and are tuned one after the other.
     """
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, Tunable)}
+    layers = dict(tunables(module))
     grids = {f"{name}.{part}".lstrip(".") for name, layer in layers.items() for part in layer.learned()}
     shared = any(layer.lower for layer in layers.values())
     return {name: p for name, p in module.named_parameters() if name in grids or (p.dim() == 1 and not shared)}
@@ -63,7 +63,7 @@ class Tuner:
     def __init__(self, module: torch.nn.Module, loss: Loss, count: int, length: int, epochs: int, rate: float, seed: int) -> None:
         self.loss, self.epochs, self.seed, self.epoch = loss, epochs, seed, 0
         self.parameters = tunable_parameters(module)
-        self.layers = [layer for layer in module.modules() if isinstance(layer, Tunable)]
+        self.layers = [layer for _, layer in tunables(module)]
         self.batch = max(1, TOKENS // length)
         self.learned, self.held_out = split_windows(count)
         self.rates = [rate_of(p, rate) for p in self.parameters.values()]

@@ -5,6 +5,7 @@ gradient of the quantized weight counts as the latent one's (the straight-throug
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -222,8 +223,30 @@ class Tunable(torch.nn.Module):
         return Corrected(packed, self.residual) if self.layer.corrected else packed
 
 
+def tunables(module: torch.nn.Module) -> Iterator[tuple[str, Tunable]]:
+    """Name and module of every `Tunable` inside."""
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, Tunable))
+
+
 def run_at(module: torch.nn.Module, bits: int) -> None:
     """Let every `Tunable` inside that has several precisions run at `bits` bits."""
-    for layer in module.modules():
-        if isinstance(layer, Tunable) and layer.lower:
+    for _, layer in tunables(module):
+        if layer.lower:
             layer.bits = bits
+
+
+@torch.no_grad()
+def store_rounded(module: torch.nn.Module) -> None:
+    """Give every `Tunable` inside the values that a checkpoint would hold."""
+    for _, layer in tunables(module):
+        stored = layer.packed()
+        packed, planes = highest(stored), bare(stored)
+        layer.codes = packed.codes
+        if isinstance(planes, EightBit):
+            layer.scale_units, layer.offset_units = planes.scale_units, planes.offset_units
+        layer.scales.copy_(packed.scales)
+        if layer.offsets is not None:
+            layer.offsets.copy_(packed.offsets)
+        if isinstance(planes, Nested):
+            for name, tensor in planes.lower.items():
+                getattr(layer, name).copy_(tensor)
