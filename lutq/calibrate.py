@@ -23,7 +23,7 @@ from lutq.config import LayerConfig, QuantConfig
 from lutq.diagonal import learn_block
 from lutq.distill import distill
 from lutq.endloss import hessians, token_weights
-from lutq.fit import solve_layer
+from lutq.fit import solve_layers
 from lutq.hessian import damp
 from lutq.journal import Journal, fingerprint
 from lutq.pack import PARTS, Stored, from_tensors, to_tensors
@@ -195,13 +195,14 @@ def calibrate_block(
         if not wanted:
             continue
         for alike, Hs in damped_hessians(walk, i, inputs, wanted, weights, config, say).items():
-            for name in alike:
-                linear, layer = block.get_submodule(name), layers[f"{prefix}.{name}"]
-                packed, before, after = solve_layer(linear.weight.detach(), Hs[config.bits], layer, config, Hs)
+            linears = [block.get_submodule(name) for name in alike]
+            settings = [layers[f"{prefix}.{name}"] for name in alike]
+            Ws = [linear.weight.detach() for linear in linears]
+            solved = solve_layers(Ws, Hs[config.bits], settings, config, Hs)
+            for name, linear, layer, W, (packed, before, after) in zip(alike, linears, settings, Ws, solved, strict=True):
                 figures[f"{prefix}.{name}"] = before, after
                 say(f"{prefix}.{name}  output error {before:.4f} -> {after:.4f}")
-                W = linear.weight.detach() if config.flips and tuned else None
-                tunable = Tunable(packed, linear.in_features, layer, linear.bias, W)
+                tunable = Tunable(packed, W.shape[1], layer, linear.bias, W if config.flips and tuned else None)
                 block.set_submodule(name, tunable.requires_grad_(requires_grad=False))
     for bits in config.precisions:
         run_at(block, bits)

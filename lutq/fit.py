@@ -147,34 +147,75 @@ def solve_layer(
     Methods other than `feedback` are plain fits, without corrections in the first of these errors. With several precisions the
     errors are of all together, each seen through its own inputs: Hs maps bits to their H; without it all have the same.
     """
-    K = W.shape[1]
-    g = group_size(layer.group, K)
-    size = (W @ H * W).sum().clamp(min=1e-30)
+    return solve_alike([W], H, layer, config, Hs)[0]
 
-    def losses(packed: Stored) -> torch.Tensor:
-        return solve.loss(W, weight(packed, layer, K), H)
 
-    def relative(losses: torch.Tensor) -> float:
-        return (losses.sum() / size).sqrt().item()
+def solve_layers(
+    Ws: list[torch.Tensor],
+    H: torch.Tensor,
+    layers: list[LayerConfig],
+    config: QuantConfig,
+    Hs: dict[int, torch.Tensor] | None = None,
+) -> list[tuple[Stored, float, float]]:
+    """`solve_layer` for matrices [N, K] that read the same inputs; those with equal settings are solved as the rows of one."""
+    results: dict[int, tuple[Stored, float, float]] = {}
+    for layer in dict.fromkeys(layers):
+        alike = [number for number, other in enumerate(layers) if other == layer]
+        results |= zip(alike, solve_alike([Ws[number] for number in alike], H, layer, config, Hs), strict=True)
+    return [results[number] for number in range(len(Ws))]
 
-    plain = fit(W, layer.bare(), config)
+
+def solve_alike(
+    Ws: list[torch.Tensor], H: torch.Tensor, layer: LayerConfig, config: QuantConfig, Hs: dict[int, torch.Tensor] | None
+) -> list[tuple[Stored, float, float]]:
+    """`solve_layers` for matrices of the same settings."""
+    K = Ws[0].shape[1]
+    plains = [fit(W, layer.bare(), config) for W in Ws]
     if config.lowest_bits:
-        return solve_nested(W, Hs or dict.fromkeys(config.precisions, H), plain, layer, config)
-    before = losses(plain)
+        metrics = Hs or dict.fromkeys(config.precisions, H)
+        return [solve_nested(W, metrics, plain, layer, config) for W, plain in zip(Ws, plains, strict=True)]
     if layer.corrected:
-        result = with_corrections(W, H, layer, lambda target: solve_layer(target, H, layer.bare(), config)[0])
-        return result, relative(before), relative(losses(result))
-    if config.method != "feedback":
-        return plain, relative(before), relative(before)
-    solved = solve.solve(W, H, layer.bits, g, layer.offsets, config.rounds, config.iterations)
-    better = solve.loss(W, solve.dense(solved, g), H) < before
-    start = solve.choose_rows(better, solved, unpack(highest(plain), K))
-    if layer.scale_bits == 16:
-        result = pack(solve.descend(W, H, start, g, config.sweeps))
+        results = [with_corrections(W, H, layer, lambda target: solve_layer(target, H, layer.bare(), config)[0]) for W in Ws]
     else:
-        result = descend_in_eight_bits(W, H, start, g, max(1, config.sweeps))
-        result = result if losses(result).sum() < before.sum() else plain
-    return result, relative(before), relative(losses(result))
+        results = solve_rows(Ws, plains, H, layer, config) if config.method == "feedback" else plains
+
+    def error(W: torch.Tensor, packed: Stored) -> float:
+        return (solve.loss(W, weight(packed, layer, K), H).sum() / (W @ H * W).sum().clamp(min=1e-30)).sqrt().item()
+
+    return [(result, error(W, plain), error(W, result)) for W, plain, result in zip(Ws, plains, results, strict=True)]
+
+
+def solve_rows(
+    Ws: list[torch.Tensor], plains: list[Packed | EightBit], H: torch.Tensor, layer: LayerConfig, config: QuantConfig
+) -> list[Packed | EightBit]:
+    """The calibrated fit of matrices [N, K] of the same inputs, none with a larger loss than its plain fit."""
+    W, sizes, K = torch.cat(Ws), [len(W) for W in Ws], Ws[0].shape[1]
+    g = group_size(layer.group, K)
+    plain = join([unpack(highest(packed), K) for packed in plains])
+    solved = solve.solve(W, H, layer.bits, g, layer.offsets, config.rounds, config.iterations)
+    better = solve.loss(W, solve.dense(solved, g), H) < solve.loss(W, solve.dense(plain, g), H)
+    start = solve.choose_rows(better, solved, plain)
+    if layer.scale_bits == 16:
+        return [pack(part) for part in split(solve.descend(W, H, start, g, config.sweeps), sizes)]
+    rounded = descend_in_eight_bits(W, H, start, g, max(1, config.sweeps), sizes)
+
+    def total(W: torch.Tensor, packed: EightBit) -> torch.Tensor:
+        return solve.loss(W, weight(packed, layer, K), H).sum()
+
+    pairs = zip(Ws, rounded, plains, strict=True)
+    return [packed if total(W, packed) < total(W, plain) else plain for W, packed, plain in pairs]
+
+
+def join(fits: list[bcq.Bcq]) -> bcq.Bcq:
+    """Fits of matrices as that of all their rows: planes [b, N, K], scales [b, N, G], offsets [N, G] or None."""
+    planes, scales = (torch.cat(parts, 1) for parts in zip(*(fit[:2] for fit in fits), strict=True))
+    return bcq.Bcq(planes, scales, None if fits[0].offsets is None else torch.cat([fit.offsets for fit in fits]))
+
+
+def split(fit: bcq.Bcq, sizes: list[int]) -> list[bcq.Bcq]:
+    """The inverse of `join`; sizes: rows of each."""
+    offsets = [None] * len(sizes) if fit.offsets is None else fit.offsets.split(sizes)
+    return [bcq.Bcq(*parts) for parts in zip(fit.planes.split(sizes, 1), fit.scales.split(sizes, 1), offsets, strict=True)]
 
 
 def solve_nested(
@@ -199,12 +240,19 @@ def solve_nested(
     return pack_nested(fits), first, last
 
 
-def descend_in_eight_bits(W: torch.Tensor, H: torch.Tensor, start: bcq.Bcq, g: int, sweeps: int) -> EightBit:
-    """`start` with scales and offsets in 8 bits, then `lutq.solve.descend`, whose arguments these are, with the units kept."""
-    rounded, (_, N, _) = in_eight_bits(pack(start)), start.planes.shape
+def descend_in_eight_bits(
+    W: torch.Tensor, H: torch.Tensor, start: bcq.Bcq, g: int, sweeps: int, sizes: list[int]
+) -> list[EightBit]:
+    """`start` with scales and offsets in 8 bits, then `lutq.solve.descend`, whose arguments these are, with the units kept.
+
+    sizes: rows of each of the matrices whose rows W [N, K] holds and which have units of their own.
+    """
+    rounded = [in_eight_bits(pack(part)) for part in split(start, sizes)]
     G = start.scales.shape[2]
-    unit = spread(rounded.scale_units, N, G)
-    offset_unit = None if rounded.offset_units is None else spread(rounded.offset_units, N, G)
+    unit = torch.cat([spread(part.scale_units, N, G) for part, N in zip(rounded, sizes, strict=True)], 1)
+    offset_unit = None
+    if start.offsets is not None:
+        offset_unit = torch.cat([spread(part.offset_units, N, G) for part, N in zip(rounded, sizes, strict=True)])
 
     def settle_of(group: int) -> solve.Settle:
         def settle(planes: torch.Tensor, grid: torch.Tensor, offsets: torch.Tensor | None) -> bcq.Bcq:
@@ -215,5 +263,6 @@ def descend_in_eight_bits(W: torch.Tensor, H: torch.Tensor, start: bcq.Bcq, g: i
 
         return settle
 
-    moved = solve.descend(W, H, unpack(rounded.values, W.shape[1]), g, sweeps, settle_of=settle_of)
-    return rounded._replace(values=pack(moved))
+    begin = join([unpack(part.values, W.shape[1]) for part in rounded])
+    moved = split(solve.descend(W, H, begin, g, sweeps, settle_of=settle_of), sizes)
+    return [part._replace(values=pack(fit)) for part, fit in zip(rounded, moved, strict=True)]

@@ -1,7 +1,8 @@
 """Calibration without a text: windows that the model to be quantized writes itself, as in LLM-QAT (arXiv 2305.17888).
 
-Every window begins with a token drawn evenly from the vocabulary, for variety; the others are drawn from the model's own
-distribution, untruncated. Special tokens are left out, so that texts do not end.
+Tokens are drawn from the model's own distribution, untruncated, of a text that begins as its tokenizer lets texts begin; the
+token that marks the beginning is not in the window. Without such a token every window begins with one drawn evenly from the
+vocabulary: what a model makes of that alone can be poor text. Special tokens are left out, so that texts do not end.
 """
 
 from pathlib import Path
@@ -22,6 +23,12 @@ def ordinary_tokens(tokenizer: Any, vocabulary: int) -> torch.Tensor:
     special = torch.tensor(tokenizer.all_special_ids, dtype=torch.int64)
     ordinary[special[special < vocabulary]] = False
     return ordinary
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token with which a text begins: one that the tokenizer puts before it, or else is made for that; None without any."""
+    before = tokenizer("").input_ids
+    return before[0] if before else tokenizer.bos_token_id
 
 
 @torch.no_grad()
@@ -52,13 +59,18 @@ def write_windows(path: Path, tokenizer: Any, windows: int, length: int, seed: i
     model = load(path, device=device)
     ordinary = ordinary_tokens(tokenizer, model.get_output_embeddings().weight.shape[0]).to(device)
     random = torch.Generator(device).manual_seed(seed)
-    first = ordinary.float().multinomial(windows, replacement=True, generator=random)
+    start = start_token(tokenizer)
+    if start is None:
+        first = ordinary.float().multinomial(windows, replacement=True, generator=random)
+    else:
+        first = torch.full((windows,), start, device=device)
+    skipped = int(start is not None)
     batches = []
     with (
         out_of_memory(lambda: f"--calib own needs the whole model on {device}: use --calib books, or --device cpu"),
         tqdm(total=windows, unit="window", desc="writing", mininterval=progress_interval()) as bar,
     ):
         for tokens in first[:, None].split(max(1, TOKENS // length)):
-            batches.append(continue_windows(model, tokens, length, ordinary, random).cpu())
+            batches.append(continue_windows(model, tokens, length + skipped, ordinary, random)[:, skipped:].cpu())
             bar.update(len(tokens))
     return torch.cat(batches)

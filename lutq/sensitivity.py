@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lutq import solve
 from lutq.blocks import Blocks, visit_inputs
 from lutq.config import QuantConfig
-from lutq.fit import solve_layer
+from lutq.fit import solve_layers
 from lutq.hessian import accumulate, damp
 from lutq.journal import Journal, fingerprint
 from lutq.pack import weight
@@ -114,7 +114,7 @@ def measure_unit(
 
     def fitted(choice: Choice, config: QuantConfig) -> list[torch.Tensor]:
         layer = unit.layer._replace(bits=choice.bits, group=choice.group)
-        return [weight(solve_layer(W, H, layer, config)[0], layer, K) for W in originals]
+        return [weight(fit, layer, K) for fit, _, _ in solve_layers(originals, H, [layer] * len(originals), config)]
 
     tried = unit.choices
     if len({choice.group for choice in tried}) > 1:

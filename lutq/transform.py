@@ -21,7 +21,7 @@ import torch
 
 from lutq.blocks import Blocks, batch_size, input_stages, visit_inputs
 from lutq.config import LayerConfig, QuantConfig
-from lutq.fit import solve_layer
+from lutq.fit import solve_layers
 from lutq.hessian import accumulate, damp
 from lutq.pack import weight
 from lutq.refine import block_error
@@ -159,8 +159,8 @@ def quantized(
     config = dataclasses.replace(config, lowest_bits=0, rounds=min(config.rounds, 1), sweeps=0)
     H = damp(H / (s[:, None] * s), config.damping).H
     bare = [layer.bare() for layer in layers]
-    fits = [solve_layer(W * s, H, layer, config)[0] for W, layer in zip(weights, bare, strict=True)]
-    return [weight(fit, layer, len(s)) / s for fit, layer in zip(fits, bare, strict=True)]
+    fits = solve_layers([W * s for W in weights], H, bare, config)
+    return [weight(fit, layer, len(s)) / s for (fit, _, _), layer in zip(fits, bare, strict=True)]
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """Measure what each calibrated stage adds and what the shipped recipes reach, into `scripts/results/quality-NAME.json`.
 
     python scripts/quality.py opt-tiny --groups 128
-    python scripts/quality.py smollm2-135m --groups 64 --max-windows 10     # a directory, see scripts/smollm2.py
+    python scripts/quality.py smollm2-135m --groups 64 --max-windows 10 --recipe-settings group=64 scale_bits=16
+
+The second model is a directory that scripts/smollm2.py makes.
 
 Protocol `raw`, WikiText-2 test, fp32. Every figure goes through the whole path: `lutq.quantize_checkpoint` to a directory,
 `lutq.load`, `lutq.evaluate.measure`. Rows that the file already holds from the same environment are kept, so an interrupted
@@ -9,6 +11,7 @@ run goes on. Then `python scripts/quality_report.py` renews the README's tables 
 """
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -69,9 +72,11 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[4, 3, 2, 2.5], help="2.5 is the mixed recipe")
     parser.add_argument("--groups", type=int, nargs="+", default=[128])
     parser.add_argument("--rows", nargs="+", default=["recipes", *STAGES], help="recipes, or names of stages")
+    parser.add_argument("--recipe-settings", nargs="+", default=[], metavar="NAME=VALUE", help="instead of those of the recipes")
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
+    overrides = {name: json.loads(value) for name, _, value in (setting.partition("=") for setting in arguments.recipe_settings)}
     path, tokenizer, text, settings = prepare(arguments.model, "raw", arguments.device)
     name = settings["model"]
     settings["max_windows"] = arguments.max_windows
@@ -81,7 +86,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             figures, directory = {"bits_per_weight": 16.0, "whole_model": 16.0}, path
             if row != "fp16":
-                config = make_config(row) if row.startswith("best") else QuantConfig(bits=bits, group=group, **STAGES[row])
+                recipe = row.split()[0] if row.startswith("best") else None
+                config = make_config(recipe, **overrides) if recipe else QuantConfig(bits=bits, group=group, **STAGES[row])
                 report = quantize_checkpoint(path, Path(folder) / "out", config, device=arguments.device)
                 figures, directory = figures_of(report), report.out
             model = plain(load(directory, device=arguments.device, dtype="float32"))
@@ -93,7 +99,8 @@ def main() -> None:
         for bits in arguments.bits:
             rows += [(row, int(bits), group) for row in arguments.rows if row != "recipes" and bits == int(bits)]
     if "recipes" in arguments.rows:  # they have groups of their own
-        rows += [(RECIPES[bits], bits, make_config(RECIPES[bits]).group) for bits in arguments.bits]
+        named = [(RECIPES[bits], bits, make_config(RECIPES[bits], **overrides).group) for bits in arguments.bits]
+        rows += [(" ".join((recipe, *arguments.recipe_settings)), bits, group) for recipe, bits, group in named]
     measure_rows(RESULTS / f"quality-{name}{suffix}.json", settings, rows, "row", measure_row)
 
 

@@ -6,7 +6,6 @@ python scripts/quality_report.py              # needs matplotlib (extra `test`)
 from typing import Any
 
 from perplexity_report import number, plot
-from quality import RECIPES
 from readme import RESULTS, read, settings_of, write
 
 BEGIN, END = "<!-- quality: written by scripts/quality_report.py -->", "<!-- end of quality -->"
@@ -21,7 +20,7 @@ def markdown(result: dict[str, Any]) -> str:
     """One model's table: a row per stage or recipe, perplexity (bits per weight) per bits."""
     records = result["records"]
     fp16 = next(record for record in records if record["row"] == "fp16")
-    groups = {record["group"] for record in records if record["row"] not in ("fp16", *RECIPES.values())}
+    groups = {record["group"] for record in records if record["row"] != "fp16" and not record["row"].startswith("best")}
     plain = "".join(f", g = {group} but for recipes" for group in sorted(groups))
     bits = sorted({record["bits"] for record in records} - {16}, reverse=True)
     lines = [
@@ -33,12 +32,19 @@ def markdown(result: dict[str, Any]) -> str:
     rows: dict[str, dict[float, dict[str, Any]]] = {}
     for record in records:
         if record["row"] != "fp16":
-            name = "`--recipe best-...`" if record["row"].startswith("best") else f"`--method {record['row']}`"
-            rows.setdefault(name, {})[record["bits"]] = record
+            rows.setdefault(flags_of(record["row"]), {})[record["bits"]] = record
     for name, cells in sorted(rows.items(), key=lambda entry: entry[0].startswith("`--recipe")):
         figures = " | ".join(f"{number(cells[b]['ppl'])} ({cells[b]['bits_per_weight']:.2f})" if b in cells else "" for b in bits)
         lines.append(f"| {name} | {figures} |")
     return "\n".join(lines)
+
+
+def flags_of(row: str) -> str:
+    """The flags of `lutq quantize` that a row stands for, those of all recipes alike."""
+    if not row.startswith("best"):
+        return f"`--method {row}`"
+    settings = [f" --{name.replace('_', '-')} {value}" for name, _, value in (part.partition("=") for part in row.split()[1:])]
+    return f"`--recipe best-...{''.join(settings)}`"
 
 
 def tables() -> str:

@@ -14,6 +14,7 @@ from lutq.blocks import Blocks, input_stages
 from lutq.calib import read_calibration
 from lutq.config import QuantConfig
 from lutq.errors import LutqError
+from lutq.fit import solve_layer
 from lutq.hf import load
 from lutq.pack import dequantize
 from lutq.quantize import quantize_checkpoint
@@ -169,15 +170,15 @@ def test_interrupted_anywhere_goes_on_bit_for_bit(tiny, family, more, tmp_path):
 def test_changed_source_is_noticed(tiny, tmp_path):
     config = QuantConfig(**SMALL)
     shutil.copytree(tiny("llama"), tmp_path / "model")
-    solve_layer = calibrate.solve_layer
+    solve_layers = calibrate.solve_layers
 
     def dying(*arguments):
         if (tmp_path / "out.partial" / "calibration" / "block-0").exists():
             raise Crash
-        return solve_layer(*arguments)
+        return solve_layers(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "solve_layer", dying)
+        patch.setattr(calibrate, "solve_layers", dying)
         with pytest.raises(Crash):
             quantize_checkpoint(tmp_path / "model", tmp_path / "out", config, device="cpu")
     state = load_file(tmp_path / "model" / "model.safetensors")
@@ -198,7 +199,7 @@ def test_no_layer_is_worse_than_its_plain_fit(method):
     for bits, group, offsets in ((1, 32, True), (2, 64, False), (3, 0, True), (4, 96, True)):
         config = QuantConfig(bits=bits, group=group, method=method, offsets=offsets)
         layer = config.layer("fc1")
-        packed, before, after = calibrate.solve_layer(W, H, layer, config)
+        packed, before, after = solve_layer(W, H, layer, config)
         e = (W - dequantize(*packed, group, "bcq", 96)).double()
         exact = ((e @ H.double() * e).sum() / (W.double() @ H.double() * W.double()).sum()).sqrt().item()
         assert after == pytest.approx(exact, rel=1e-3), f"{method=} {bits=} {group=} {after=} {exact=}"

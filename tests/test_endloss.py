@@ -165,7 +165,7 @@ def test_source_changed_behind_the_weights(tiny, tmp_path, monkeypatch):
         def dying(*_):
             raise Crash
 
-        patch.setattr(calibrate, "solve_layer", dying)
+        patch.setattr(calibrate, "solve_layers", dying)
         with pytest.raises(Crash):
             quantize_checkpoint(tmp_path / "model", tmp_path / "out", QuantConfig(**SMALL), device="cpu")
     assert (tmp_path / "out.partial" / "calibration" / "end-loss").exists()

@@ -4,12 +4,13 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
 from lutq.errors import LutqError
 from lutq.hf import load
-from lutq.samples import continue_windows, ordinary_tokens, write_windows
+from lutq.samples import continue_windows, ordinary_tokens, start_token, write_windows
 from lutq.tokens import load_tokenizer
 
 
@@ -31,6 +32,29 @@ def test_ordinary_tokens(tiny):
     ordinary = ordinary_tokens(tokenizer, len(tokenizer) + 3)
     assert ordinary.sum() == len(tokenizer) - len(set(tokenizer.all_special_ids))
     assert not ordinary[-3:].any(), "logits that stand for no token"
+
+
+def test_texts_begin_as_the_tokenizer_lets_them(tiny):
+    path, cpu = tiny("opt"), torch.device("cpu")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer("word").input_ids[0] == start_token(tokenizer) == 2  # </s>
+    model = load(path, device="cpu")
+    first = torch.full((3, 1), 2)
+    ordinary = ordinary_tokens(tokenizer, model.config.vocab_size)
+    wanted = continue_windows(model, first, 9, ordinary, torch.Generator().manual_seed(4))
+    assert torch.equal(write_windows(path, tokenizer, 3, 8, 4, cpu), wanted[:, 1:])
+
+
+def test_a_tokenizer_without_a_start_makes_texts_begin_anywhere(tiny):
+    path = tiny("opt")
+    tokenizer = load_tokenizer(path)
+    tokenizer._tokenizer.post_processor = tokenizers.processors.Sequence([])  # it puts nothing before a text any more
+    assert start_token(tokenizer) == tokenizer.bos_token_id == 2
+    tokenizer.bos_token = None
+    assert start_token(tokenizer) is None
+    windows = write_windows(path, tokenizer, 50, 4, 0, torch.device("cpu"))
+    assert windows.shape == (50, 4)
+    assert len(set(windows[:, 0].tolist())) > 40, "tokens drawn evenly from 4096"
 
 
 def test_tokens_follow_the_models_distribution(tiny):

@@ -196,8 +196,8 @@ def test_a_solve_that_does_harm_is_thrown_away(monkeypatch):
     config = QuantConfig(bits=2, group=32, method="feedback", scale_bits=8)
     worse = lutq.fit.descend_in_eight_bits
 
-    def harm(W, H, start, g, sweeps):
-        return worse(0 * W, H, start, g, sweeps)
+    def harm(W, H, start, g, sweeps, sizes):
+        return worse(0 * W, H, start, g, sweeps, sizes)
 
     monkeypatch.setattr(lutq.fit, "descend_in_eight_bits", harm)
     packed, before, after = solve_layer(W, H, config.layer("x"), config)

@@ -7,7 +7,10 @@ import torch
 
 from lutq import bcq, solve
 from lutq.bcq import Bcq
+from lutq.config import QuantConfig
+from lutq.fit import solve_layer, solve_layers
 from lutq.hessian import accumulate, damp, inverse_factor
+from lutq.pack import highest, weight
 
 
 def problem(N, K, seed=0, correlated=True):
@@ -145,3 +148,22 @@ def test_uncorrelated_inputs_need_no_feedback():
         (W - bcq.values(*bcq.alternating(W, 3, True, start))).square().sum().item() for start in ("range", "uniform", "greedy")
     )
     assert solve.loss(W, solve.dense(fit, 32), torch.eye(32)).sum().item() <= plain * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("scale_bits", [16, 8])
+def test_layers_with_the_same_inputs_are_solved_as_alone(scale_bits):
+    random = torch.Generator().manual_seed(3)
+    Ws = [torch.randn(rows, 96, generator=random) * size for rows, size in ((24, 1.0), (7, 0.1), (24, 1.0), (24, 30.0))]
+    _, H = problem(1, 96)
+    config = QuantConfig(bits=2, group=32, method="feedback", scale_bits=scale_bits)
+    layers = [config.layer("q_proj")._replace(bits=bits) for bits in (2, 2, 3, 2)]
+    together = solve_layers(Ws, H, layers, config)
+    for W, layer, (packed, before, after) in zip(Ws, layers, together, strict=True):
+        alone, plain, error = solve_layer(W, H, layer, config)
+        about = f"{layer.bits=} {W.shape=}"
+        assert highest(packed).codes.shape == highest(alone).codes.shape, about
+        assert before == plain, about
+        assert after == pytest.approx(error, rel=0.01), about  # starts are alternating fits that end together
+        e = (W - weight(packed, layer, 96)).double()
+        exact = ((e @ H.double() * e).sum() / (W.double() @ H.double() * W.double()).sum()).sqrt().item()
+        assert after == pytest.approx(exact, rel=1e-3), about
