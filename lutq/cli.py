@@ -170,7 +170,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Convert a checkpoint that another program quantized to 2, 3 or 4 bits, its weights unchanged."""
+    """Convert a checkpoint that another program quantized to 2, 3, 4 or 8 bits, its weights unchanged."""
     from lutq.convert import convert_checkpoint
 
     typer.echo(convert_checkpoint(model, out, overwrite=overwrite).summary())

@@ -33,6 +33,7 @@ LATER_VERSION = 2  # where layers have scales in 8 bits or corrections: a lutq t
 class LayerConfig(NamedTuple):
     """How one Linear layer is stored, as a checkpoint's `quantization_config.modules` says for each.
 
+    bits: 1 to 4; on the uniform grid with zero points, for what other programs quantized, also 8 (lutq/eight.py).
     group: 0 is one group for the whole row. grid: `bcq` or `uniform`. offsets: every group has an offset, stored as
     `offsets` (bcq) or `zero_points` (uniform). scale_bits: of each scale and offset, 16 or 8 (lutq/scales.py).
     outliers_per_row: weights that are corrected beside the planes. low_rank: rank of a correction of all (lutq/residual.py).
@@ -297,7 +298,7 @@ def format_version(modules: dict[str, dict[str, Any]]) -> int:
 
 
 def check_bits(bits: Any, name: str = "bits", or_else: str = "") -> None:
-    """Raise LutqError unless `bits` is 1, 2, 3 or 4."""
+    """Raise LutqError unless `bits` is 1, 2, 3 or 4, which lutq quantizes to."""
     if type(bits) is not int or not 1 <= bits <= 4:
         raise LutqError(f"{name} must be 1, 2, 3 or 4{or_else}; got {bits!r}")
 

@@ -11,6 +11,7 @@ Which kernel runs is decided here, by M (rows of x) and dtype:
     above                   W is dequantized to fp16 (rounded once), a slice at a time, for an ordinary matrix product
 
 For fp32 x, and below 1024 inputs, where few roundings average out, lut_gemm with split tables takes 4 rows at a time instead.
+Layers of 8 bits are layers of 4 with twice as many inputs (lutq/eight.py).
 Weights that fp16 does not hold (`wide`) never go through fp16, nor do those of small layers above rows_limit, nor fp32 x.
 
 x that is not finite gives a y that is not finite. The same call gives the same bits every time. In lut_gemm and fused_gemm a
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lutq import eight
 from lutq.build import cache_folder, library
 from lutq.compiler import CLUSTERS
 from lutq.config import LayerConfig
@@ -67,7 +69,12 @@ class Prepacked(NamedTuple):
 
 
 def prepack(packed: Packed, layer: LayerConfig) -> Prepacked:
-    """The kernel order of packed tensors, on their device. Waits for it: kernels read weights before they wait for others."""
+    """The kernel order of packed tensors, on their device. Waits for it: kernels read weights before they wait for others.
+
+    Raises LutqError for a layer of 8 bits with scales that are too large.
+    """
+    if layer.bits == eight.BITS:
+        packed, layer = eight.halve(packed, layer)
     if layer.grid == "bcq":
         top = packed.scales.float().abs().sum(0)
         top = top if packed.offsets is None else top + packed.offsets.float().abs()
@@ -360,6 +367,9 @@ def multiply(
 
     Raises LutqError for other dtypes and an x of another width.
     """
+    if layer.bits == eight.BITS:
+        layer, left = eight.halves(layer, x.shape[-1])
+        x = eight.twice(x, left)
     device, K = x.device, x.shape[-1]
     for tensor in (x, bias):
         if tensor is not None and tensor.dtype not in DTYPES:

@@ -114,7 +114,7 @@ def compressed_schemes(config: dict[str, Any]) -> list[Scheme]:
         kind, weights = group.get("format") or config.get("format"), group.get("weights") or {}
         if kind != "pack-quantized" or weights.get("type", "int") != "int" or weights.get("num_bits") not in range(1, 9):
             words = f"{weights.get('type', 'int')} of {weights.get('num_bits')} bits in the format {kind!r}"
-            raise LutqError(f"config_groups.{name} has {words}: lutq can convert int of 1 to 4 bits in 'pack-quantized'")
+            raise LutqError(f"config_groups.{name} has {words}: lutq can convert int of 1 to 4 or 8 bits in 'pack-quantized'")
         if group.get("input_activations") or group.get("output_activations"):
             raise LutqError(f"config_groups.{name} quantizes activations too: lutq quantizes weights only")
         schemes.append(Scheme(weights["num_bits"], group_of(weights.get("group_size")), weights.get("symmetric", True)))
@@ -159,9 +159,9 @@ def shapes_of(layout: Layout, shapes: dict[str, tuple[int, ...]], N: int, K: int
         found = Shapes(32 * packed // count, scales[0])
     if found is None or not 1 <= found.bits <= 8:
         raise LutqError(f"{layout.names['integers']} has shape {list(integers)}, which fits no width of {N} x {K} weights")
-    if found.bits > 4 or (layout.kind == "awq" and found.bits != 4):
-        most = "4 of AWQ" if found.bits <= 4 else "1 to 4"
-        raise LutqError(f"it has {found.bits} bits and lutq converts {most}: quantize the original model instead")
+    if found.bits not in (1, 2, 3, 4, 8) or (layout.kind == "awq" and found.bits != 4):
+        widths = "4 of AWQ" if layout.kind == "awq" else "1 to 4, and 8"
+        raise LutqError(f"it has {found.bits} bits and lutq converts {widths}: quantize the original model instead")
     for part, expected in expected_shapes(layout, found, N, K).items():
         if part in shapes and shapes[part] not in expected:
             wanted = " or ".join(str(list(shape)) for shape in expected)

@@ -133,9 +133,9 @@ def values(stored, layer, K, dtype=torch.float32):
 
 
 CASES = [
-    *itertools.product(("gptq", "gptq_v2"), (2, 3, 4), (False, True), (32, 64, -1), (False, True)),
+    *itertools.product(("gptq", "gptq_v2"), (2, 3, 4, 8), (False, True), (32, 64, -1), (False, True)),
     *itertools.product(("awq",), (4,), (False, True), (32, -1), (False,)),
-    *itertools.product(("compressed-tensors", "compressed-tensors-old"), (2, 3, 4), (False, True), (32, -1), (False, True)),
+    *itertools.product(("compressed-tensors", "compressed-tensors-old"), (2, 3, 4, 8), (False, True), (32, -1), (False, True)),
 ]
 
 
@@ -291,6 +291,8 @@ MODELS = [
     ("llama", "gptq", 4, 32, True, True),
     ("llama", "compressed-tensors", 4, 32, False, True),
     ("llama", "compressed-tensors", 3, -1, True, False),
+    ("llama", "gptq_v2", 8, 32, False, True),
+    ("opt", "compressed-tensors", 8, -1, True, False),
 ]
 
 
@@ -417,8 +419,8 @@ BAD = {
     "q_proj: its tensor qzeros is missing": lambda state, config: state.pop(f"{Q}.qzeros"),
     "q_proj: its tensor qweight is missing": lambda state, config: state.pop(f"{Q}.qweight"),
     "lacks the tensor model.norm.weight": lambda state, config: state.pop("model.norm.weight"),
-    "q_proj: it has 8 bits and lutq converts 1 to 4": lambda state, config: state.update(
-        {f"{Q}.qweight": torch.zeros(24, 96, dtype=torch.int32)}
+    "q_proj: it has 7 bits and lutq converts 1 to 4, and 8": lambda state, config: state.update(
+        {f"{Q}.qweight": torch.zeros(21, 96, dtype=torch.int32)}
     ),
     "qweight has shape [13, 96], but 96 x 96 weights of 4 bits need [12, 96]": lambda state, config: state.update(
         {f"{Q}.qweight": torch.zeros(13, 96, dtype=torch.int32)}
@@ -497,9 +499,9 @@ def test_bad_compressed_tensors():
     tensors = made.tensors("compressed-tensors") | {"weight_shape": torch.tensor([32, 95])}
     with pytest.raises(LutqError, match="weight_shape says"):
         attempt(lambda config, group: None, tensors)
-    eight = {"weight_packed": torch.zeros(32, 24).int(), "weight_scale": torch.ones(32, 3).half()}
-    with pytest.raises(LutqError, match="8 bits and lutq converts 1 to 4"):
-        attempt(lambda config, group: group["weights"].update(num_bits=8, symmetric=True), eight)
+    seven = {"weight_packed": torch.zeros(32, 21).int(), "weight_scale": torch.ones(32, 3).half()}
+    with pytest.raises(LutqError, match="7 bits and lutq converts 1 to 4, and 8"):
+        attempt(lambda config, group: group["weights"].update(num_bits=7, symmetric=True), seven)
 
 
 def test_a_bias_of_zeros_is_left_out(gptq, tmp_path):

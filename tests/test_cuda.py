@@ -952,6 +952,23 @@ def error_of(y, x, W, bias=None):
     return ((y.double() - wanted).abs() / (x.double().abs() @ W.abs().T)).max().item()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_multiply_eight_bits(stand_in, dtype):
+    """As 4 bits with twice as many inputs, by the kernels that take those."""
+    for (N, K), group in itertools.product(((33, 100), (20, 1100), (1, 640)), (0, 32, 128)):
+        layer = LayerConfig(8, group, "uniform")
+        packed = random_packed(N, K, layer)
+        W = dequantize(*packed, group, "uniform", K, torch.float64)
+        for M in (1, 4, 8, 32, 101):
+            x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype)
+            b = torch.randn(N, generator=torch.Generator().manual_seed(M)).to(dtype)
+            stand_in.calls.clear()
+            y, about = multiply(x, packed, layer, b, torch.float32), f"{dtype=} {layer=} {N=} {K=} {M=}"
+            assert stand_in.calls, about
+            rounded = stand_in.calls[0][0] == "dequantize" and dtype != torch.float32
+            assert error_of(y, x, W, b) < (5e-4 if rounded else 1e-6), about
+
+
 ONE_ROW = [  # N, K, group
     (1, 100, 64),
     (33, 1024, 0),

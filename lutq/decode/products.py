@@ -147,8 +147,8 @@ class Packed:
 
 
 class Module:
-    """By a module's own forward: what is neither a Linear layer nor in kernel order, or is more than a product with planes, as
-    corrected layers and those with inputs in another order are.
+    """By a module's own forward: what is neither a Linear layer nor in kernel order, or is more than a product with planes and x
+    as they are: corrected layers, those with inputs in another order, those of 8 bits.
     """
 
     def __init__(self, module: LutLinear) -> None:
@@ -170,7 +170,7 @@ class Module:
 
 def is_bare(module: torch.nn.Module) -> bool:
     """Whether a layer in kernel order, into which it is put, is all that there is to it."""
-    return type(module) is LutLinear and module.prepack() and not module.layer.corrected
+    return type(module) is LutLinear and module.prepack() and not module.layer.corrected and module.layer.bits <= 4
 
 
 def product_of(module: torch.nn.Module) -> Product:

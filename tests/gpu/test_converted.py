@@ -29,7 +29,7 @@ def negate(packed):
 def test_negative_scales_and_orders():
     """Every width and number of rows, against float64."""
     random = torch.Generator().manual_seed(0)
-    for bits, group, (N, K) in itertools.product((2, 3, 4), (32, 128, 0), ((96, 256), (256, 1024))):
+    for bits, group, (N, K) in itertools.product((2, 3, 4, 8), (32, 128, 0), ((96, 256), (256, 1024))):
         layer = LayerConfig(bits, group, "uniform")
         packed = negate(random_packed(N, K, layer, device="cuda"))
         order = torch.randperm(K, generator=random).cuda()
