@@ -30,7 +30,8 @@ from lutq.paths import shipped
 from lutq.prepack import unpack_codes, unpack_records
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = "".join((ROOT / "kernels" / name).read_text(encoding="utf-8") for name in ("inbox.cuh", "decode.cu"))
+SOURCES = ("inbox.cuh", "step.cuh", "decode.cu", "attention.cu")
+TEXT = "".join((ROOT / "kernels" / name).read_text(encoding="utf-8") for name in SOURCES)
 SHARED_THREADS = int(re.search(r" SHARED_THREADS = (\d+)", TEXT)[1])
 H200 = Gpu("NVIDIA H200", 132, 232448, True, True)
 PARAMETERS = {
@@ -287,7 +288,7 @@ STRUCTURES = {
 
 
 def fields_of(name):
-    """(field, kind) of a structure in the text of decode.cu."""
+    """(field, kind) of a structure in the text of the kernels."""
     body = re.sub(r"//[^\n]*", "", re.search(rf"struct {name} \{{(.*?)\}};", TEXT, re.DOTALL)[1])
     found = []
     for declaration in body.split(";"):

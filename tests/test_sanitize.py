@@ -59,14 +59,14 @@ def test_cases_of_lut_gemv_are_what_the_kernel_takes(sanitize, monkeypatch, gpu)
 
 
 def allowed(y, M):
-    """Whether kernels/decode.cu takes a `Result`."""
+    """Whether the kernels of a step take a `Result`."""
     per_16 = 4 if y.slabs else 8
     return y.stride % per_16 == 0 and (y.data or 0) % 16 == (y.bias or 0) % 16 == 0 and (M == 1 or not y.slabs)
 
 
 @pytest.mark.parametrize("clusters", [True, False])
 def test_cases_of_decode_are_what_the_kernels_take(sanitize, monkeypatch, clusters):
-    """The conditions of the entry points in kernels/decode.cu, and every kernel of it."""
+    """The conditions of the entry points in kernels/decode.cu and attention.cu, and every kernel there."""
     seen = []
     monkeypatch.setattr(steps, "start", lambda entry, a: seen.append((entry, a)))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

@@ -2,7 +2,7 @@
 
 `lutq generate` takes one of three engines (choose.py):
 
-    fast    engine.py: the model of OPT and LLaMA written out over few kernels (steps.py, kernels/decode.cu), the weights of
+    fast    engine.py: the model of OPT and LLaMA written out over few kernels (steps.py, kernels/step.cuh), the weights of
             q, k and v, and of gate and up, joined without a copy (products.py, weights.py), the prompt in chunks (prefill.py)
     graph   general.py: the model's own forward over a static cache, for every causal model of transformers that allows it
     plain   transformers' `generate`

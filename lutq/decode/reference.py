@@ -1,4 +1,4 @@
-"""What the kernels of kernels/decode.cu compute, in torch, on any device: the oracle of their tests, and the engine on the CPU.
+"""What the kernels of kernels/decode.cu and attention.cu compute, in torch, on any device: their oracle, and the CPU's engine.
 
 The functions have the signatures of `lutq.decode.steps.Kernels`, an engine takes either. They fill tensors given to them. M is
 rows: sequences, or tokens of a prompt. h, the residual stream, is fp32; other numbers have the model's dtype and are computed

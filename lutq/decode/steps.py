@@ -1,4 +1,4 @@
-"""The functions of lutq/decode/reference.py by the kernels of kernels/decode.cu: fp16 and bf16, on a GPU, capturable.
+"""The functions of lutq/decode/reference.py by kernels/decode.cu and attention.cu: fp16 and bf16, on a GPU, capturable.
 
 Kernels are launched on the current stream of the current device, each of them before the one ahead has ended (programmatic
 dependent launch). Nothing is allocated except the workspace and inboxes.
@@ -29,7 +29,7 @@ LONG = 512  # tokens of a block, from which on clusters share a context: to sum 
 
 
 class ResultArguments(ctypes.Structure):
-    """`Result` of kernels/decode.cu."""
+    """`Result` of kernels/step.cuh."""
 
     _fields_ = (("data", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("stride", ctypes.c_int64), ("slabs", ctypes.c_int))
 
@@ -38,7 +38,7 @@ FIELDS = (ResultArguments, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes
 
 
 def structure(*names: str) -> tuple[tuple[str, Any], ...]:
-    """Fields of a structure of kernels/decode.cu in order: results, pointers, int64, int and float."""
+    """Fields of a structure of the kernels in order: results, pointers, int64, int and float."""
     return tuple((name, kind) for some, kind in zip(names, FIELDS, strict=False) for name in some.split())
 
 
@@ -67,7 +67,7 @@ class ChoiceArguments(ctypes.Structure):
 
 
 class AttentionArguments(ctypes.Structure):
-    """`Attention` of kernels/decode.cu."""
+    """`Attention` of kernels/attention.cu."""
 
     _fields_ = structure(
         "q k v",
