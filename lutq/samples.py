@@ -31,6 +31,28 @@ def start_token(tokenizer: Any) -> int | None:
     return before[0] if before else tokenizer.bos_token_id
 
 
+def growing_cache(length: int) -> Any:
+    """A cache for a transformers model and `length` tokens at most, in memory taken once: its own copies all it has for each."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class Growing(DynamicLayer):
+        def lazy_initialization(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+            super().lazy_initialization(keys, values)
+            self.memory = [part.new_empty(*part.shape[:2], length, part.shape[3]) for part in (keys, values)]
+
+        def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+            begin = self.get_seq_length()
+            end = begin + keys.shape[2]
+            for memory, part in zip(self.memory, (keys, values), strict=True):
+                memory[:, :, begin:end] = part
+            self.keys, self.values = (memory[:, :, :end] for memory in self.memory)
+            return self.keys, self.values
+
+    return Cache(layer_class_to_replicate=Growing)
+
+
 @torch.no_grad()
 def continue_windows(
     model: Any, tokens: torch.Tensor, length: int, ordinary: torch.Tensor, random: torch.Generator
@@ -39,10 +61,9 @@ def continue_windows(
 
     Raises LutqError for logits that are NaN or infinite.
     """
-    written, cache = [tokens], None
+    written, cache = [tokens], growing_cache(length)
     while len(written) < length:
-        result = model(written[-1], past_key_values=cache, use_cache=True)
-        logits, cache = result.logits[:, -1].float(), result.past_key_values
+        logits = model(written[-1], past_key_values=cache, use_cache=True).logits[:, -1].float()
         if not torch.isfinite(logits).all():
             raise LutqError(
                 "the model predicts NaN or infinite values in its own text: give an undamaged model, or --calib books"
