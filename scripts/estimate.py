@@ -1,11 +1,12 @@
 """Estimate what calibration takes for a model whose weights are not at hand, from a few of its blocks with random weights.
 
     python scripts/estimate.py llama-2-7b --bits 3
+    python scripts/estimate.py llama-2-7b --recipe calibrated
 
 The shape is a name in configs/models or a JSON file. Models of 1 and of 3 blocks go through all of `lutq quantize --method
-feedback` with the embedded model's tokenizer and calibration text; what the two more take, times the blocks still missing, is
-added to what the larger one takes. Time does not depend on the values of weights. Device memory is that of one block, whatever
-their number.
+feedback`, or with a recipe, with the embedded model's tokenizer and calibration text; what the two more take, in seconds and
+in bytes of the device, times the blocks still missing is added to what the larger one takes. Neither depends on the values of
+weights.
 """
 
 import argparse
@@ -43,15 +44,23 @@ def measure(shape: Any, blocks: int, settings: dict[str, Any], device: torch.dev
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        config = make_config(None, method="feedback", **settings)
+        config = make_config(**{"method": "feedback"} | settings if settings["recipe"] is None else settings)
         report = quantize_checkpoint(Path(folder) / "model", Path(folder) / "out", config, device=str(device))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {"blocks": blocks, "seconds": report.seconds, "device_bytes": peak}
 
 
+def extrapolate(figures: list[float], total: int) -> tuple[float, float]:
+    """What `total` blocks take by what those of BLOCKS take, and what one does."""
+    few, more = figures
+    block = (more - few) / (BLOCKS[1] - BLOCKS[0])
+    return more + (total - BLOCKS[1]) * block, block
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape")
+    parser.add_argument("--recipe")
     parser.add_argument("--bits", type=int)
     parser.add_argument("--group", type=int)
     parser.add_argument("--calib-windows", type=int)
@@ -63,9 +72,7 @@ def main() -> None:
     device = resolve_device(arguments.pop("device"))
     total = read_config(name).num_hidden_layers
     records = [measure(read_config(name), blocks, arguments, device) for blocks in BLOCKS]
-    few, more = (record["seconds"] for record in records)
-    block = (more - few) / (BLOCKS[1] - BLOCKS[0])
-    seconds = more + (total - BLOCKS[1]) * block
+    seconds, block = extrapolate([record["seconds"] for record in records], total)
     settings = {key: value for key, value in arguments.items() if value is not None}
     result = (
         {"shape": Path(name).stem}
@@ -78,7 +85,10 @@ def main() -> None:
             "seconds": seconds,
         }
     )
-    memory = f", {max(r['device_bytes'] for r in records) / 1e9:.1f} GB of GPU memory" if device.type == "cuda" else ""
+    memory = ""
+    if device.type == "cuda":
+        result["device_bytes"], _ = extrapolate([record["device_bytes"] for record in records], total)
+        memory = f", {result['device_bytes'] / 1e9:.1f} GB of GPU memory"
     print(f"{name} {settings}: {block:.1f} s a block, about {seconds / 60:.1f} min for all {total}{memory}")
     if file:
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
