@@ -37,7 +37,7 @@ from lutq.config import LayerConfig
 from lutq.errors import LutqError
 from lutq.pack import Packed, dequantize, packed_shapes
 from lutq.paths import shipped
-from lutq.prepack import PANEL, SLAB, TILE, UNIT, pack_codes, pack_records, panels, units
+from lutq.prepack import PANEL, SLAB, TILE, UNIT, pack_codes, pack_records, panels, units, unpack_codes, unpack_records
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 GRIDS = {"bcq": 0, "uniform": 1}
@@ -89,6 +89,14 @@ def prepack(packed: Packed, layer: LayerConfig) -> Prepacked:
     if packed.codes.device.type == "cuda":
         torch.cuda.synchronize(packed.codes.device)
     return ready
+
+
+def canonical(codes: torch.Tensor, records: torch.Tensor, N: int, K: int, layer: LayerConfig) -> Packed:
+    """The tensors [N, K] of which `prepack` made codes and records, on their device, bit for bit."""
+    if layer.bits == eight.BITS:
+        narrow, left = eight.halves(layer, K)
+        return eight.unite(canonical(codes, records, N, left + K, narrow), layer, K)
+    return Packed(unpack_codes(codes, N, K, layer.grid), **unpack_records(records, N, K, layer))
 
 
 @functools.cache

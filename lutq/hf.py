@@ -79,7 +79,7 @@ class LutqConfig(QuantizationConfigMixin):
             raise LutqError(f"quantization_config.modules is not as lutq writes it ({error}): quantize again") from error
         for name, layer in layers.items():
             where = f"quantization_config.modules.{name}"
-            if layer[:1] + layer[2:4] != (8, "uniform", True):
+            if (layer.bits, layer.grid, layer.offsets) != (8, "uniform", True):  # what `lutq convert` makes of 8 bits
                 check_bits(layer.bits, f"{where}.bits")
             check_group(layer.group, f"{where}.group")
             check_scale_bits(layer.scale_bits, f"{where}.scale_bits")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lutq import eight
 from lutq.config import LayerConfig
 from lutq.errors import LutqError
 from lutq.ops import choose_backend, working_backend
@@ -118,15 +117,9 @@ class LutLinear(torch.nn.Module):
             if self.scale_units is None:
                 return Packed(self.codes, self.scales, self.offsets, self.zero_points)
             return highest(from_tensors({name: tensor for name, tensor in self._buffers.items() if tensor is not None}))
-        from lutq.prepack import unpack_codes, unpack_records
+        from lutq.cuda import canonical
 
-        layer, K = self.layer, self.in_features
-        if layer.bits == eight.BITS:
-            layer, left = eight.halves(layer, K)
-            K += left
-        records = unpack_records(self.kernel_records, self.out_features, K, layer)
-        packed = Packed(unpack_codes(self.kernel_codes, self.out_features, K, layer.grid), **records)
-        return eight.unite(packed, self.layer, self.in_features) if self.layer.bits == eight.BITS else packed
+        return canonical(self.kernel_codes, self.kernel_records, self.out_features, self.in_features, self.layer)
 
     @property
     def residual(self) -> Residual:
