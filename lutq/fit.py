@@ -179,10 +179,13 @@ def solve_alike(
     else:
         results = solve_rows(Ws, plains, H, layer, config) if config.method == "feedback" else plains
 
-    def error(W: torch.Tensor, packed: Stored) -> float:
-        return (solve.loss(W, weight(packed, layer, K), H).sum() / (W @ H * W).sum().clamp(min=1e-30)).sqrt().item()
-
-    return [(result, error(W, plain), error(W, result)) for W, plain, result in zip(Ws, plains, results, strict=True)]
+    solved = []
+    for W, plain, result in zip(Ws, plains, results, strict=True):
+        size = (W @ H * W).sum().clamp(min=1e-30)
+        losses = [solve.loss(W, weight(packed, layer, K), H) for packed in ((plain,) if result is plain else (plain, result))]
+        errors = [(loss.sum() / size).sqrt().item() for loss in losses]
+        solved.append((result, errors[0], errors[-1]))
+    return solved
 
 
 def solve_rows(

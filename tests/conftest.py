@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # before torch is imported: threads that spin while they wait make small tensors 30 times slower on busy cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import contextlib
 import json
 import shutil
 import signal
@@ -23,6 +24,7 @@ import torch
 
 from lutq.pack import Packed, packed_shapes
 from lutq.paths import ASSETS
+from lutq.store import Store
 
 OPT_TINY = ASSETS / "opt-tiny"
 COMMON = {"vocab_size": 4096, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "max_position_embeddings": 128}
@@ -234,3 +236,23 @@ def random_packed(N, K, layer, seed=0, device="cpu"):
     if "zero_points" in shapes:
         tensors["zero_points"] = torch.randint(0, 2**layer.bits, shapes["zero_points"][0], generator=random, dtype=torch.uint8)
     return Packed(**{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+class Crash(BaseException):
+    """Power is cut."""
+
+
+@contextlib.contextmanager
+def crash_before(name):
+    """A calibrated run that dies before it saves the state `name`, as it has to."""
+    save = Store.save
+
+    def dying(self, saved, state):
+        if saved == name:
+            raise Crash
+        save(self, saved, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "save", dying)
+        with pytest.raises(Crash):
+            yield

@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+from conftest import Crash
 from safetensors.torch import load_file
 
 from lutq import allocate, calib, latency, sensitivity
@@ -180,10 +181,6 @@ def test_overrides_are_not_up_for_choice(tiny, tmp_path):
     assert stored["layers.0.fc1"] == LayerConfig(1, 0)
     assert "layers.1.fc2" not in stored
     assert stored_bits(report) <= 3.0
-
-
-class Crash(BaseException):
-    """Power is cut."""
 
 
 def test_interrupted_anywhere_goes_on_with_the_same_choices(tiny, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import Crash
 from safetensors.torch import load_file, save_file
 
 import lutq
@@ -126,10 +127,6 @@ def test_blocks_are_the_model(tiny, family):
         hidden = walk.through(block, i, hidden)
     got = walk.logits(hidden, {})
     assert torch.allclose(got, expected, atol=1e-4), f"{family=} {(got - expected).abs().max()=}"
-
-
-class Crash(BaseException):
-    """Power is cut."""
 
 
 @pytest.mark.parametrize(

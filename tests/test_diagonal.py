@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import crash_before
 from safetensors.torch import load_file
 
 from lutq import calib, diagonal, hf, transform, uniform
@@ -16,7 +17,6 @@ from lutq.diagonal import Diagonal, fitted_error, learn, learn_block, outputs_wi
 from lutq.errors import LutqError
 from lutq.quantize import quantize_checkpoint
 from lutq.refine import block_error, split_windows
-from lutq.store import Store
 from lutq.tokens import load_tokenizer
 from lutq.transform import fold, places, scaled
 
@@ -201,24 +201,12 @@ def test_kept_scales_are_what_was_folded(tiny, family):
         assert torch.allclose(got, block.get_submodule(inside).weight, rtol=1e-6), f"{family=} {name=}"
 
 
-class Crash(BaseException):
-    """Power is cut."""
-
-
 def test_interrupted_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
-    config, save, falling = QuantConfig(**SMALL | {"rate": 0.1}), Store.save, itertools.count(0, -1)
+    config, falling = QuantConfig(**SMALL | {"rate": 0.1}), itertools.count(0, -1)
     monkeypatch.setattr(diagonal, "fitted_error", lambda *_: float(next(falling)))  # what is learned is kept
     quantize_checkpoint(tiny("llama"), tmp_path / "whole", config, device="cpu")
-
-    def dying(self, name, state):
-        if name == "block-1":
-            raise Crash
-        save(self, name, state)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, "save", dying)
-        with pytest.raises(Crash):
-            quantize_checkpoint(tiny("llama"), tmp_path / "out", config, device="cpu")
+    with crash_before("block-1"):
+        quantize_checkpoint(tiny("llama"), tmp_path / "out", config, device="cpu")
     quantize_checkpoint(tiny("llama"), tmp_path / "out", config, device="cpu")
     plain = dataclasses.replace(config, learned_scaling=0, scaling=False, method="alternating")
     quantize_checkpoint(tiny("llama"), tmp_path / "plain", plain, device="cpu")

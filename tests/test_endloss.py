@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Crash
 from safetensors.torch import load_file, save_file
 
 from lutq import blocks, calibrate, endloss
@@ -152,10 +153,6 @@ def test_layer_that_sees_tokens_twice(tiny):
     attention.k_proj = attention.q_proj
     with pytest.raises(LutqError, match=r"end_loss needs layers that see every token once, and .*0\.self_attn\.q_proj does not"):
         squared_gradients(walk, tokens(2, 6), [f"{walk.name(0)}.self_attn.q_proj"], seed=0)
-
-
-class Crash(BaseException):
-    """Power is cut."""
 
 
 def test_source_changed_behind_the_weights(tiny, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import crash_before
 from safetensors.torch import load_file
 
 from lutq import calib, hf, transform
@@ -15,7 +16,6 @@ from lutq.fit import fit
 from lutq.pack import dequantize
 from lutq.quantize import quantize_checkpoint
 from lutq.refine import block_error
-from lutq.store import Store
 from lutq.structure import decoder_blocks
 from lutq.tokens import load_tokenizer
 from lutq.transform import fold, places, quantized, scale_block, scaled, scales_of, search
@@ -152,10 +152,6 @@ def test_scaled_is_what_was_folded(tiny):
                 assert torch.allclose(got, linear.weight, rtol=1e-6), f"{family=} {short=}"
 
 
-class Crash(BaseException):
-    """Power is cut."""
-
-
 @pytest.mark.parametrize("family", ["opt", "qwen2"])
 def test_checkpoint_holds_the_scaled_model(tiny, family, tmp_path):
     config = QuantConfig(**SMALL | {"method": "alternating", "bits": 4, "refine": 1})
@@ -175,21 +171,13 @@ def test_checkpoint_holds_the_scaled_model(tiny, family, tmp_path):
     assert errors[0] < 1.2 * errors[1], f"{family=} {errors=}"
 
 
-def test_interrupted_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
-    config, save = QuantConfig(**SMALL | {"method": "alternating"}), Store.save
+def test_interrupted_goes_on_bit_for_bit(tiny, tmp_path):
+    config = QuantConfig(**SMALL | {"method": "alternating"})
     quantize_checkpoint(tiny("llama"), tmp_path / "whole", config, device="cpu")
 
     for last in ("block-1", "hidden-2"):  # two blocks
-
-        def dying(self, name, state, last=last):
-            if name == last:
-                raise Crash
-            save(self, name, state)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Store, "save", dying)
-            with pytest.raises(Crash):
-                quantize_checkpoint(tiny("llama"), tmp_path / "out", config, device="cpu")
+        with crash_before(last):
+            quantize_checkpoint(tiny("llama"), tmp_path / "out", config, device="cpu")
     quantize_checkpoint(tiny("llama"), tmp_path / "out", config, device="cpu")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert one.keys() == other.keys()
