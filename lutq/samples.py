@@ -14,7 +14,8 @@ from tqdm import tqdm
 from lutq.errors import LutqError
 from lutq.runtime import out_of_memory, progress_interval
 
-TOKENS = 16384  # written side by side, at most
+TOKENS = 16384  # written side by side on a CPU, at most
+CACHE = 8 << 30  # bytes of keys and values side by side on a GPU, where a step takes as long as its launches, however wide it is
 
 
 def ordinary_tokens(tokenizer: Any, vocabulary: int) -> torch.Tensor:
@@ -51,6 +52,16 @@ def growing_cache(length: int) -> Any:
             return self.keys, self.values
 
     return Cache(layer_class_to_replicate=Growing)
+
+
+def windows_at_once(model: Any, length: int) -> int:
+    """How many windows of so many tokens `model` writes side by side."""
+    if model.device.type == "cpu":
+        return max(1, TOKENS // length)
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return max(1, CACHE // (2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * length))
 
 
 @torch.no_grad()
@@ -91,7 +102,7 @@ def write_windows(path: Path, tokenizer: Any, windows: int, length: int, seed: i
         out_of_memory(lambda: f"--calib own needs the whole model on {device}: use --calib books, or --device cpu"),
         tqdm(total=windows, unit="window", desc="writing", mininterval=progress_interval()) as bar,
     ):
-        for tokens in first[:, None].split(max(1, TOKENS // length)):
+        for tokens in first[:, None].split(windows_at_once(model, length)):
             batches.append(continue_windows(model, tokens, length + skipped, ordinary, random)[:, skipped:].cpu())
             bar.update(len(tokens))
     return torch.cat(batches)

@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[128])
     parser.add_argument("--rows", nargs="+", default=["recipes", *STAGES], help="recipes, or names of stages")
     parser.add_argument("--recipe-settings", nargs="+", default=[], metavar="NAME=VALUE", help="instead of those of the recipes")
-    parser.add_argument("--max-windows", type=int)
+    parser.add_argument("--max-windows", type=int, help="perplexity of so many windows, with that of all beside it")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     overrides = {name: json.loads(value) for name, _, value in (setting.partition("=") for setting in arguments.recipe_settings)}
@@ -92,7 +92,11 @@ def main() -> None:
                 figures, directory = figures_of(report), report.out
             model = plain(load(directory, device=arguments.device, dtype="float32"))
             ppl = measure(model, tokenizer, text, name, "raw", arguments.max_windows, progress=False)
-        return {"row": row, "bits": bits, "group": group, **figures, "ppl": ppl.perplexity, "windows": ppl.windows}
+            figures |= {"ppl": ppl.perplexity, "windows": ppl.windows}
+            if arguments.max_windows:
+                ppl = measure(model, tokenizer, text, name, "raw", progress=False)
+                figures |= {"ppl_all": ppl.perplexity, "windows_all": ppl.windows}
+        return {"row": row, "bits": bits, "group": group, **figures}
 
     rows = [("fp16", 16, 0)]
     for group in arguments.groups:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lutq.errors import LutqError
 from lutq.hf import load
-from lutq.samples import continue_windows, ordinary_tokens, start_token, write_windows
+from lutq.samples import CACHE, continue_windows, growing_cache, ordinary_tokens, start_token, windows_at_once, write_windows
 from lutq.tokens import load_tokenizer
 
 
@@ -83,6 +83,18 @@ def test_the_cache_does_not_change_what_follows(tiny):
     with torch.no_grad():
         likeliest = model(window).logits[0, :-1].argmax(-1)
     assert torch.equal(window[0, 1:], likeliest)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_gpu_writes_as_many_as_its_cache_holds(tiny, family):
+    model = load(tiny(family), device="cpu")
+    assert windows_at_once(model, 1024) == 16
+    assert windows_at_once(model, 100000) == 1
+    cache = growing_cache(64)
+    model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    taken = sum(part.nbytes for layer in cache.layers for part in layer.memory)  # for one window of 64
+    assert windows_at_once(model.to("meta"), 64) == CACHE // taken, f"{family=}"
+    assert windows_at_once(model, CACHE) == 1, f"{family=}"
 
 
 def test_damaged_model_is_one_sentence(tiny, tmp_path, lutq_command):
