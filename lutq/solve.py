@@ -16,12 +16,12 @@ Rows are outputs: w [N, g] is what lutq/bcq.py calls R groups. Every grid is jud
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from lutq import bcq
 from lutq.bcq import Bcq
+from lutq.columns import levels_of, planes_of, round_columns
 from lutq.hessian import inverse_factor
 
 # the steps that the any-precision fit (lutq/nested.py) replaces, see `descend`, `alternate` and `move_grid`
@@ -30,48 +30,13 @@ Choose = Callable[[Bcq], tuple[Bcq, torch.Tensor]]
 Settle = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Bcq]
 
 
-class Levels(NamedTuple):
-    """The 2^b levels of N grids in ascending order: values and middles between them fp32 [2^b (- 1), N], and the number of
-    each level's sign pattern, uint8 [2^b, N].
-    """
-
-    values: torch.Tensor
-    middles: torch.Tensor
-    numbers: torch.Tensor
-
-    def nearest(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of one weight per row [N]: the level nearest to it and its position, both [N]."""
-        position = (w >= self.middles).sum(0)
-        return self.values.gather(0, position[None])[0], position
-
-
-def levels_of(scales: torch.Tensor, offsets: torch.Tensor | None) -> Levels:
-    """Levels of the grids scales [b, N], offsets [N] or None."""
-    signs = 2 * bcq.patterns(len(scales), scales.device).float() - 1
-    values = signs @ scales
-    values, numbers = (values if offsets is None else values + offsets).sort(dim=0)
-    return Levels(values, (values[1:] + values[:-1]) / 2, numbers.to(torch.uint8))
-
-
-def planes_of(positions: torch.Tensor, levels: Levels, bits: int) -> torch.Tensor:
-    """Planes bool [b, N, g] of the levels at positions int64 [g, N]."""
-    number = levels.numbers.gather(0, positions).T
-    return torch.stack([((number >> shift) & 1).bool() for shift in range(bits - 1, -1, -1)])
-
-
 def feedback(w: torch.Tensor, U: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None) -> tuple[Bcq, torch.Tensor]:
     """Round w [N, g] input by input to its grids, each input's error pushed onto the later ones by U [g, g].
 
     Returns the fit and the whitened error E [N, g] = (w - q) U^-1.
     """
     levels = levels_of(scales, offsets)
-    columns, E = w.T.contiguous(), torch.empty_like(w.T, memory_format=torch.contiguous_format)
-    positions = torch.empty(columns.shape, dtype=torch.int64, device=w.device)
-    for j, column in enumerate(columns):
-        if j:
-            column = column - U[:j, j] @ E[:j]
-        value, positions[j] = levels.nearest(column)
-        E[j] = (column - value) / U[j, j]
+    positions, E = round_columns(w.T.contiguous(), U, levels)
     return Bcq(planes_of(positions, levels, len(scales)), scales, offsets), E.T
 
 
@@ -229,13 +194,8 @@ def descend(
 
 def move_codes(fit: Bcq, q: torch.Tensor, pull: torch.Tensor, H: torch.Tensor) -> tuple[Bcq, torch.Tensor]:
     """One pass over the codes of a group, q [N, g], with pull = (W - Q) H[:, S] [N, g] and H = H_SS [g, g]; the new fit, q."""
-    levels = levels_of(fit.scales, fit.offsets)
-    q_columns, pulls = q.T.contiguous(), pull.T.contiguous()
-    steps, positions = torch.zeros_like(q_columns), torch.empty(q_columns.shape, dtype=torch.int64, device=q.device)
-    for j in range(len(q_columns)):
-        now = pulls[j] - H[:j, j] @ steps[:j] if j else pulls[j]
-        value, positions[j] = levels.nearest(q_columns[j] + now / H[j, j])
-        steps[j] = value - q_columns[j]
+    levels, q_columns = levels_of(fit.scales, fit.offsets), q.T.contiguous()
+    positions, steps = round_columns(pull.T.contiguous(), H, levels, q_columns)
     return Bcq(planes_of(positions, levels, len(fit.scales)), fit.scales, fit.offsets), (q_columns + steps).T
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from lutq.columns import levels_of, round_on_gpu
 from lutq.config import LayerConfig
 from lutq.cuda import (
     GemvPlan,
@@ -190,9 +191,20 @@ def decode(run: Callable[[Kernels, torch.dtype], int], device: torch.device) -> 
     return sum(run(do, dtype) for dtype in (torch.float16, torch.bfloat16))
 
 
+def columns(device: torch.device) -> int:
+    """Run the sequential part of the calibrated fit; how many times."""
+    cases = 0
+    for bits, (g, N), moves in itertools.product((1, 2, 3, 4), ((8, 5), (64, 64), (72, 65)), (False, True)):
+        wanted, factors = torch.randn(g, N, device=device), torch.rand(g, g, device=device) / g + torch.eye(g, device=device)
+        levels = levels_of(torch.rand(bits, N, device=device), None)
+        round_on_gpu(wanted, factors, levels, torch.zeros_like(wanted) if moves else None)
+        cases += 1
+    return cases
+
+
 def parts() -> dict[str, Callable[[torch.device], int]]:
     """Name of a part -> what runs its cases and says how many there are."""
-    found: dict[str, Callable[[torch.device], int]] = {}
+    found: dict[str, Callable[[torch.device], int]] = {"columns": columns}
     for bits in (1, 2, 3, 4):
         found[f"products-{bits}"] = functools.partial(products, bits=bits)
         found[f"one_row-{bits}"] = functools.partial(one_row, bits=bits)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lutq.errors import LutqError
 from lutq.hf import load
-from lutq.samples import CACHE, continue_windows, growing_cache, ordinary_tokens, start_token, windows_at_once, write_windows
+from lutq.samples import continue_windows, decode_windows, fast_engine, ordinary_tokens, start_token, write_windows
 from lutq.tokens import load_tokenizer
 
 
@@ -85,16 +85,49 @@ def test_the_cache_does_not_change_what_follows(tiny):
     assert torch.equal(window[0, 1:], likeliest)
 
 
-@pytest.mark.parametrize("family", ["opt", "llama"])
-def test_a_gpu_writes_as_many_as_its_cache_holds(tiny, family):
-    model = load(tiny(family), device="cpu")
-    assert windows_at_once(model, 1024) == 16
-    assert windows_at_once(model, 100000) == 1
-    cache = growing_cache(64)
-    model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
-    taken = sum(part.nbytes for layer in cache.layers for part in layer.memory)  # for one window of 64
-    assert windows_at_once(model.to("meta"), 64) == CACHE // taken, f"{family=}"
-    assert windows_at_once(model, CACHE) == 1, f"{family=}"
+@pytest.mark.parametrize(("family", "factor"), [("opt", 1), ("llama", 20)])  # of the head, which opt shares with the embedding
+def test_the_engine_draws_as_the_model_predicts(tiny, family, factor):
+    """On the CPU, with the engine's reference: as likely tokens as the model's own forward draws, and ordinary ones."""
+    model, windows, length = load(tiny(family), device="cpu", dtype="float32"), 13, 40
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= factor
+    ordinary = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    ordinary[::2] = False
+    engine = fast_engine(model, windows, length, ordinary)
+    first = torch.full((windows, 1), 5)
+
+    def write(seed):
+        torch.manual_seed(seed)
+        return decode_windows(engine, first, length)
+
+    written = write(0)
+    assert torch.equal(written, write(0)), "the cache of the last windows is no part of the next"
+    assert not torch.equal(written, write(1))
+    assert torch.equal(decode_windows(engine, first[:3], length)[:, 0], first[:3, 0])
+    assert not (written[:, 1:] % 2 == 0).any()
+
+    def likelihood(tokens):
+        with torch.no_grad():
+            chances = model(tokens).logits[:, :-1].masked_fill(~ordinary, -torch.inf).log_softmax(-1)
+        return chances.gather(2, tokens[:, 1:, None]).mean().item()
+
+    random = torch.Generator().manual_seed(0)
+    found, wanted = likelihood(written), likelihood(continue_windows(model, first, length, ordinary, random))
+    assert abs(found - wanted) < 0.15 * abs(wanted), f"{family=} {found=} {wanted=}"
+
+
+def test_the_engine_tells_of_damage(tiny):
+    model = load(tiny("llama"), device="cpu")
+    ordinary = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(LutqError, match="give an undamaged model"):
+        decode_windows(fast_engine(model, 2, 8, ordinary), torch.full((2, 1), 5), 8)
+
+
+def test_a_model_that_the_engine_does_not_take_is_slow_with_a_warning(tiny):
+    with pytest.warns(UserWarning, match="--calib own is slow"):
+        assert fast_engine(load(tiny("qwen2"), device="cpu"), 2, 8, torch.ones(8, dtype=torch.bool)) is None
 
 
 def test_damaged_model_is_one_sentence(tiny, tmp_path, lutq_command):
