@@ -12,10 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from readme import RESULTS, read, write
+from readme import RESULTS, Section
 
-BEGIN, END = "<!-- decode: written by scripts/decode_report.py -->", "<!-- end of decode -->"
-PATTERN = "decode-*.json"
 CASE = ("model", "bits", "group", "grid", "engine", "gpus", "batch", "context", "dtype")  # what tells records apart
 MACHINE = ("gpu", "torch", "lutq")  # of results that may be joined
 HALF = 16  # bits of a model that is not quantized
@@ -65,11 +63,6 @@ PUBLISHED = {
         ],
     ),
 }
-
-
-def read_results() -> list[dict[str, Any]]:
-    """Results in order of file name."""
-    return read(PATTERN)
 
 
 def number(value: float) -> str:
@@ -164,23 +157,13 @@ def everything(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def picture(result: Path) -> Path:
-    """The plot of a file of results."""
-    return result.with_suffix(".png")
+def markdown(result: dict[str, Any]) -> str:
+    """A result's tables and its plot."""
+    image = f"![Time of a step](scripts/results/{result['file']}.png)"
+    return "\n".join([*comparison(result), "", *everything(result), "", image])
 
 
-def files() -> list[Path]:
-    """Of the results, in the order of `read_results`."""
-    return sorted(RESULTS.glob(PATTERN))
-
-
-def tables() -> str:
-    """All tables, as they stand between the README's marks."""
-    parts = []
-    for path, result in zip(files(), read_results(), strict=True):
-        image = f"![Time of a step](scripts/results/{picture(path).name})"
-        parts.append("\n".join([*comparison(result), "", *everything(result), "", image]))
-    return "\n\n".join(parts)
+SECTION = Section("decode", "decode_report", markdown)
 
 
 def join(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -204,13 +187,13 @@ def main() -> None:
         joint = join([json.loads(path.read_text(encoding="utf-8")) for path in ([out] if out.is_file() else []) + parts])
         out.write_text(json.dumps(joint, indent=1) + "\n", encoding="utf-8")
         return
-    if not files():
-        sys.exit(f"there is no {PATTERN} in scripts/results: run bash scripts/decode.sh where there is a GPU")
+    if not SECTION.results():
+        sys.exit("there is no decode-*.json in scripts/results: run bash scripts/decode.sh where there is a GPU")
     from lutq.decode.chart import draw
 
-    for path, result in zip(files(), read_results(), strict=True):
-        draw(result, picture(path))
-    write(BEGIN, tables(), END)
+    for result in SECTION.results():
+        draw(result, RESULTS / f"{result['file']}.png")
+    SECTION.write()
 
 
 if __name__ == "__main__":

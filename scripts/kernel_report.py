@@ -5,15 +5,9 @@ python scripts/kernel_report.py
 
 from typing import Any
 
-from readme import read, write
+from readme import Section
 
-BEGIN, END = "<!-- kernels: written by scripts/kernel_report.py -->", "<!-- end of kernels -->"
 FEW, MANY = (1, 2, 4, 8), (16, 32, 64, 256, 1024, 2048)
-
-
-def read_results() -> list[dict[str, Any]]:
-    """Results in order of file name."""
-    return read("kernels-*.json")
 
 
 def number(us: float) -> str:
@@ -55,14 +49,8 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def tables() -> str:
-    """All tables, as they stand between the README's marks."""
-    return "\n\n".join(markdown(result) for result in read_results())
-
-
-def main() -> None:
-    write(BEGIN, tables(), END)
+SECTION = Section("kernels", "kernel_report", markdown)
 
 
 if __name__ == "__main__":
-    main()
+    SECTION.write()

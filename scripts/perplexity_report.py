@@ -7,14 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from readme import RESULTS, read, write
-
-BEGIN, END = "<!-- perplexity: written by scripts/perplexity_report.py -->", "<!-- end of perplexity -->"
-
-
-def read_results() -> list[dict[str, Any]]:
-    """Results in order of file name."""
-    return read("perplexity-*.json")
+from readme import RESULTS, Section
 
 
 def number(value: float) -> str:
@@ -42,11 +35,6 @@ def markdown(result: dict[str, Any]) -> str:
         figures = " | ".join(f"{number(cells[b]['ppl'])} ({cells[b]['bits_per_weight']:.2f})" if b in cells else "" for b in bits)
         lines.append(f"| `{variant}` | {group} | {figures} |")
     return "\n".join(lines)
-
-
-def tables() -> str:
-    """All tables, as they stand between the README's marks."""
-    return "\n\n".join(markdown(result) for result in read_results())
 
 
 Lines = Callable[[list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]  # label -> its records, of a model's
@@ -84,9 +72,12 @@ def by_variant(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
     return {name: [r for r in records if r["variant"] == name] for name in dict.fromkeys(r["variant"] for r in records)}
 
 
+SECTION = Section("perplexity", "perplexity_report", markdown)
+
+
 def main() -> None:
-    write(BEGIN, tables(), END)
-    plot(RESULTS / "perplexity.png", read_results(), "variant", by_variant, "alternating")
+    SECTION.write()
+    plot(RESULTS / "perplexity.png", SECTION.results(), "variant", by_variant, "alternating")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,7 @@ python scripts/precisions_report.py
 from typing import Any
 
 from precisions import ROWS, SEPARATE
-from readme import read, settings_of, write
-
-BEGIN, END = "<!-- precisions: written by scripts/precisions_report.py -->", "<!-- end of precisions -->"
-
-
-def read_results() -> list[dict[str, Any]]:
-    """Results in order of file name."""
-    return read("precisions-*.json")
+from readme import Section, settings_of
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -33,10 +26,8 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def tables() -> str:
-    """The table as it stands between the README's marks."""
-    return "\n\n".join(markdown(result) for result in read_results())
+SECTION = Section("precisions", "precisions_report", markdown)
 
 
 if __name__ == "__main__":
-    write(BEGIN, tables(), END)
+    SECTION.write()

@@ -6,14 +6,7 @@ python scripts/quality_report.py              # needs matplotlib (extra `test`)
 from typing import Any
 
 from perplexity_report import number, plot
-from readme import RESULTS, read, settings_of, write
-
-BEGIN, END = "<!-- quality: written by scripts/quality_report.py -->", "<!-- end of quality -->"
-
-
-def read_results() -> list[dict[str, Any]]:
-    """Results in order of file name."""
-    return read("quality-*.json")
+from readme import RESULTS, Section, settings_of
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -47,11 +40,6 @@ def flags_of(row: str) -> str:
     return f"`--recipe best-...{''.join(settings)}`"
 
 
-def tables() -> str:
-    """All tables, as they stand between the README's marks."""
-    return "\n\n".join(markdown(result) for result in read_results())
-
-
 def by_row(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Records of each stage, and of the recipes together."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -60,9 +48,12 @@ def by_row(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+SECTION = Section("quality", "quality_report", markdown)
+
+
 def main() -> None:
-    write(BEGIN, tables(), END)
-    plot(RESULTS / "quality.png", read_results(), "row", by_row, "best-...")
+    SECTION.write()
+    plot(RESULTS / "quality.png", SECTION.results(), "row", by_row, "best-...")
 
 
 if __name__ == "__main__":

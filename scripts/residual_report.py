@@ -5,14 +5,7 @@ python scripts/residual_report.py
 
 from typing import Any
 
-from readme import read, settings_of, write
-
-BEGIN, END = "<!-- residual: written by scripts/residual_report.py -->", "<!-- end of residual -->"
-
-
-def read_results() -> list[dict[str, Any]]:
-    """Results in order of file name."""
-    return read("residual-*.json")
+from readme import Section, settings_of
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -30,10 +23,8 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def tables() -> str:
-    """The table as it stands between the README's marks."""
-    return "\n\n".join(markdown(result) for result in read_results())
+SECTION = Section("residual", "residual_report", markdown)
 
 
 if __name__ == "__main__":
-    write(BEGIN, tables(), END)
+    SECTION.write()

@@ -24,7 +24,8 @@ def report(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["decode_report.py"])
-    (tmp_path / "README.md").write_text(f"before\n{module.BEGIN}\nof earlier\n{module.END}\nafter\n", encoding="utf-8")
+    begin, end = module.SECTION.marks
+    (tmp_path / "README.md").write_text(f"before\n{begin}\nof earlier\n{end}\nafter\n", encoding="utf-8")
     yield module
     for name in ("decode_report", "readme"):
         del sys.modules[name]
@@ -70,7 +71,7 @@ def test_tables(report, tmp_path):
     report.main()
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert (text.split("\n")[0], text.split("\n")[-2], "of earlier" in text) == ("before", "after", False)
-    assert report.tables() in text
+    assert report.SECTION.tables() in text
     titles = cells(text, "model", "weights in the paper")
     assert titles == ["1 GPU, paper", "1 GPU, lutq", "2 GPUs, paper", "4 GPUs, paper", "4 GPUs, lutq", "8 GPUs, paper"]
     assert cells(text, "OPT-175B", "3 bits, OPTQ") == ["106.5", "", "", "", "", ""]
@@ -89,7 +90,7 @@ def test_tables(report, tmp_path):
 
 
 def test_no_results(report):
-    assert report.tables() == ""
+    assert report.SECTION.tables() == ""
     with pytest.raises(SystemExit, match=r"^there is no decode-\*.json in scripts/results: run bash scripts/decode.sh "):
         report.main()
 

@@ -28,9 +28,9 @@ def test_tables_are_those_of_the_results(monkeypatch, script, results):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     report = importlib.import_module(script)
 
-    body = README.split(report.BEGIN)[1].split(report.END)[0]
-    assert body.strip() == report.tables().strip()
-    assert len(report.read_results()) == results
+    begin, end = report.SECTION.marks
+    assert README.split(begin)[1].split(end)[0].strip() == report.SECTION.tables().strip()
+    assert len(report.SECTION.results()) == results
     for name in (script, "readme"):
         del sys.modules[name]
 
