@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cuda_runtime.h>
 
-struct Columns {
+struct ColumnPass {
   const float *wanted, *q;         // [inputs, N], q or null
   const float* factors;            // [inputs, inputs], `stride` numbers between rows; read from the diagonal on
   const float *values, *middles;   // [levels, N], [levels - 1, N], ascending
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int ROWS = 64, TILE = 64;  // rows of a block; inputs of a launch at most
 
-template <int LEVELS> __global__ void __launch_bounds__(ROWS) round_columns(const Columns a) {
+template <int LEVELS> __global__ void __launch_bounds__(ROWS) round_columns(const ColumnPass a) {
   __shared__ float factors[TILE][TILE], left[TILE][ROWS];
   const int row = threadIdx.x;
   for (int i = 0; i < a.inputs; i++)
@@ -54,7 +54,7 @@ template <int LEVELS> __global__ void __launch_bounds__(ROWS) round_columns(cons
   }
 }
 
-template <int LEVELS> int launch(const Columns& a, cudaStream_t stream) {
+template <int LEVELS> int launch(const ColumnPass& a, cudaStream_t stream) {
   round_columns<LEVELS><<<(unsigned)((a.N + ROWS - 1) / ROWS), ROWS, 0, stream>>>(a);
   return cudaGetLastError();
 }
@@ -62,7 +62,7 @@ template <int LEVELS> int launch(const Columns& a, cudaStream_t stream) {
 }  // namespace
 
 // Returns a cudaError_t.
-extern "C" int lutq_round_columns(const Columns* a, cudaStream_t stream) {
+extern "C" int lutq_round_columns(const ColumnPass* a, cudaStream_t stream) {
   if (a->inputs > TILE || a->N < 1) return cudaErrorInvalidValue;
   switch (a->levels) {
     case 2: return launch<2>(*a, stream);

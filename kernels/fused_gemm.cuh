@@ -1,12 +1,8 @@
 // y = x W^T + bias for up to 64 rows of x on Hopper: W is dequantized in registers and goes from there to the tensor cores.
 //
-// A product (wgmma, m64nNk16) takes W from registers, as fp16 rounded once, and x from shared memory, exactly (bf16 x is brought
-// to fp16 by a power of two per row and unit). It is asynchronous: other warps make weights while it runs.
-//
-// A weight is one byte permutation away from its bits: a group has 2^b <= 8 levels, whose high and low bytes lie in two pairs of
-// registers, and PRMT takes four bytes at a time by the nibbles of a selector. The selector is the packed planes, masked: indices
-// lie in nibbles already (layout.cuh). The sign of plane 3 chooses between two such tables. 4 bits of a uniform grid become
-// numbers instead: their nibbles are put into the mantissa of 1024, and what is too much is subtracted.
+// A product (wgmma, m64nNk16) takes W from registers, as fp16 rounded once (fused_weights.cuh), and x from shared memory, exactly
+// (bf16 x is brought to fp16 by a power of two per row and unit). It is asynchronous: other warps make weights while it runs. Or
+// x is rounded to digits of integers, and W is bytes (digits.cuh).
 //
 // A block has the rows of some panels (64 rows) and the inputs of its rank in the cluster. Its warps have three trades:
 //
@@ -17,9 +13,12 @@
 // The order is slab, n_groups panels, k_groups items, panel. The sums of a panel rest in shared memory between slabs. In the end
 // they are added over k_groups and then over the cluster, always in the same order.
 #pragma once
+#include <type_traits>
+
 #include "barrier.cuh"
+#include "digits.cuh"
+#include "fused_weights.cuh"
 #include "launch.cuh"
-#include "layout.cuh"
 
 struct Plan {  // of a launch; chosen by lutq/cuda.py
   int blocks, split;          // blocks; of them, as many share the inputs of the same rows (a cluster)
@@ -31,82 +30,25 @@ struct Plan {  // of a launch; chosen by lutq/cuda.py
 namespace {
 
 constexpr int GROUP_THREADS = 128;
-__host__ __device__ constexpr int most_groups(int N) { return N == 16 ? 4 : N == 32 ? 3 : 2; }  // of products, by the registers
-constexpr int BLOCK = 128;                 // inputs whose weights are in registers at a time
-constexpr int PRODUCTS = BLOCK / 16;       // of them
+// Of products, by the registers.
+__host__ __device__ constexpr int most_groups(int N) { return N == 16 ? 4 : N == 32 ? 3 : 2; }
+__host__ __device__ constexpr int most_groups(int N, int bits) { return N == 16 && bits == 4 ? 3 : 2; }  // by digits
 constexpr int KEPT_STRIDE = PANEL + 4;     // floats between two columns of a panel's sums
 constexpr int MOST_STAGES = 24, MOST_SLOTS = 8, BARRIER_BYTES = 16 * (MOST_STAGES + MOST_SLOTS);
-// Whether weights are made from numbers rather than from tables of levels.
-__host__ __device__ constexpr bool by_number(int bits, int grid) { return bits == 4 && grid == UNIFORM; }
-__host__ __device__ constexpr int tasks_ahead(int N) { return N == 16 ? 1 : 2; }  // of a builder, whose inputs are under way
+// Of a builder, whose inputs are under way.
+__host__ __device__ constexpr int tasks_ahead(int N, bool digits) { return N == 16 || digits ? 1 : 2; }
 
 struct Sizes {  // derived on the host; bytes where nothing else is said
   int panels, units, groups, record, most_panels;  // counts, but for `record`; most panels of a block
   unsigned per_group;                              // 2^32 / (group / 32) rounded up, 0 for groups of 32
-  int stage, scales, slot;                         // a slot has the inputs of a slab, then their scales
+  int stage, scales, slot;                         // a slot has the inputs of a slab, then their scales, and sums of digits
 };
-
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-               "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-__device__ __forceinline__ void store_shared4(uint32_t at, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
-  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
-}
-__device__ __forceinline__ void store_shared(uint32_t at, float v) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
-}
-__device__ __forceinline__ float2 load_floats(uint32_t at) {
-  const uint2 v = load_shared2(at);
-  return make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
-}
 
 __device__ __forceinline__ unsigned group_of(const Sizes& z, unsigned k) {
   return z.per_group ? __umulhi(k >> 5, z.per_group) : k >> 5;
 }
 
-// A value that the compiler keeps rather than computes again.
-__device__ __forceinline__ uint32_t opaque(uint32_t v) {
-  asm volatile("mov.u32 %0, %0;" : "+r"(v));
-  return v;
-}
-
-__device__ __forceinline__ uint32_t permute(uint32_t x, uint32_t y, uint32_t selector) {  // its low half counts
-  uint32_t v;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(x), "r"(y), "r"(selector));
-  return v;
-}
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// d += a x for 64 rows, 16 inputs and N rows of x. `table`, `form`: low and high word of the descriptor of x.
-template <int N> __device__ __forceinline__ void multiply(float* d, const uint32_t* a, uint32_t table, uint32_t form, int add) {
-#define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
-#define PRODUCT(SHAPE, SUMS, STORED, TABLE, FORM, ADD, ...)                                                                 \
-  asm volatile("{ .reg .pred p; .reg .b64 t; setp.ne.b32 p, " ADD ", 0; mov.b64 t, {" TABLE ", " FORM "};\n"                \
-               "wgmma.mma_async.sync.aligned." SHAPE ".f32.f16.f16 {" SUMS "}, {" STORED "}, t, p, 1, 1, 0; }"              \
-               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(table), "r"(form), "r"(add))
-  if constexpr (N == 16) {
-    PRODUCT("m64n16k16", "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12", "%13", "%14", FOUR(0), FOUR(4));
-  } else if constexpr (N == 32) {
-    PRODUCT("m64n32k16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20", "%21", "%22",
-            SIXTEEN(0));
-  } else {
-    PRODUCT("m64n64k16",
-            "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-            "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31",
-            "%32,%33,%34,%35", "%36", "%37", "%38", SIXTEEN(0), SIXTEEN(16));
-  }
-#undef FOUR
-#undef SIXTEEN
-#undef PRODUCT
-}
-// As descriptors have it; the address of a block in a cluster has its rank in higher bits.
-__device__ __forceinline__ uint32_t descriptor_address(uint32_t at) { return (at & 0x3ffff) >> 4; }
-__device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wait_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
 // The inputs of a unit for rows 8 j + (0..7) of x, in the order of the products. Lane (word pair, m): words 2 i and 2 i + 1 of 32
 // inputs of row 8 j + m. In memory: [product][2][N / 8][8 rows of x][8 inputs]; which inputs, see `build`.
@@ -129,16 +71,40 @@ template <int BITS, int GRID, int N> struct Inputs {
     }
   }
 
+  // Bits of the largest |x| of the unit.
+  __device__ __forceinline__ uint32_t largest() const {
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < 32; i++) most = __vmaxu2(most, x[i / 16][i % 16] & 0x7fff7fffu);
+    most = max(most & 0xffffu, most >> 16);
+    most = max(most, __shfl_xor_sync(~0u, most, 8));
+    return max(most, __shfl_xor_sync(~0u, most, 16));
+  }
+
+  // As digits, of a slab of so many units. In memory: [product of the unit][2][high, low][N / 8][8 rows of x][16 inputs].
+  __device__ __forceinline__ void build_digits(const Linear& a, const Sizes& z, int units, uint32_t slot, int lane) {
+    const int m = 8 * j + (lane & 7), part = lane >> 3;
+    const uint32_t at = slot + ((in_slab * 2 + part / 2) * BYTE_PRODUCTS * 2 + part % 2) * (32 * N) + m * 16;
+    const Integers integers(x, largest(), a.x_dtype);
+    int sums[2] = {};
+#pragma unroll
+    for (int product = 0; product < BYTE_PRODUCTS; product++) {
+      uint32_t high[4], low[4];
+      Integers::digits(x, product, high, low, sums);
+      store_shared4(at + product * (64 * N), high[0], high[1], high[2], high[3]);
+      store_shared4(at + product * (64 * N) + 16 * N, low[0], low[1], low[2], low[3]);
+    }
+    int sum = 256 * sums[0] + sums[1];
+    sum += __shfl_xor_sync(~0u, sum, 8);  // of a block
+    if (part == 0) store_shared(slot + z.scales + (in_slab * N + m) * 4, integers.down);
+    if (part % 2 == 0) store_shared(slot + z.scales + (units * N + (in_slab * 2 + part / 2) * N + m) * 4, (float)sum);
+  }
+
   __device__ __forceinline__ void build(const Linear& a, const Sizes& z, uint32_t slot, int lane) {
     const int m = 8 * j + (lane & 7);
     float down = 1.f;
     if (a.x_dtype == BF16) {  // the largest |x| of the unit to [2^14, 2^15)
-      uint32_t most = 0;
-#pragma unroll
-      for (int i = 0; i < 32; i++) most = __vmaxu2(most, x[i / 16][i % 16] & 0x7fff7fffu);
-      most = max(most & 0xffffu, most >> 16);
-      most = max(most, __shfl_xor_sync(~0u, most, 8));
-      most = max(most, __shfl_xor_sync(~0u, most, 16));
+      const uint32_t most = largest();
       const int exponent = (int)(most >> 7) - 127;
       const int e = exponent == 128 ? 0 : min(14 - exponent, 120);  // infinite or NaN: so will y be
       const float up = power_of_two(e);
@@ -171,175 +137,6 @@ template <int BITS, int GRID, int N> struct Inputs {
   }
 };
 
-// The levels of a group in a row, as bytes. Index bits 0 and 2 are the signs of a pair of planes, bit 1 that of a third one.
-struct Levels {
-  uint32_t low[2], high[2];  // indices 0 to 3, 4 to 7
-
-  __device__ __forceinline__ void set(int half, half2 first, half2 second) {
-    low[half] = permute(as_word(first), as_word(second), 0x6420), high[half] = permute(as_word(first), as_word(second), 0x7531);
-  }
-  // From those of indices 4 to 7 without the offset; the others are the same, negative, in reverse.
-  __device__ __forceinline__ void set(const float* v, bool offsets, float o) {
-    if (offsets) {
-      set(0, __floats2half2_rn(o - v[3], o - v[2]), __floats2half2_rn(o - v[1], o - v[0]));
-      set(1, __floats2half2_rn(o + v[0], o + v[1]), __floats2half2_rn(o + v[2], o + v[3]));
-    } else {
-      set(1, __floats2half2_rn(v[0], v[1]), __floats2half2_rn(v[2], v[3]));
-      low[0] = permute(low[1], 0, 0x0123), high[0] = permute(high[1], 0, 0x0123) ^ 0x80808080u;
-    }
-  }
-  // Bytes of the levels of four indices, in the nibbles of the low half of `selector`.
-  __device__ __forceinline__ uint32_t lows(uint32_t selector) const { return permute(low[0], low[1], selector); }
-  __device__ __forceinline__ uint32_t highs(uint32_t selector) const { return permute(high[0], high[1], selector); }
-};
-
-// The weights of a block of 128 inputs and of this warp's tile, as the products take them.
-template <int BITS, int GRID, int H> struct Weights {
-  static constexpr int PAIRS = BITS / 2, PIECES = BLOCK / H, SETS = BITS == 4 ? 2 : 1;
-  uint32_t a[PRODUCTS][4];
-
-  // `codes`, `records`: see Walk.
-  __device__ __forceinline__ void load(const Linear& layer, uint32_t codes, const uint32_t* records, int lane) {
-    uint4 pairs[PAIRS ? PAIRS : 1];
-    uint2 single = make_uint2(0, 0);
-#pragma unroll
-    for (int i = 0; i < PAIRS; i++) pairs[i] = load_shared4(codes + i * (2 * ROW_BYTES));
-    const int odd = lane >> 2 & 1;  // row r: its pair has changed blocks over
-    if (BITS & 1) single = load_shared2((codes ^ odd * 64) + (BITS - 1) * ROW_BYTES - odd * (ROW_BYTES - 8));
-    if constexpr (by_number(BITS, GRID)) by_numbers(layer, pairs, records, lane);
-    else by_levels(layer, pairs, single, records, lane);
-  }
-
- private:
-  __device__ __forceinline__ static uint32_t word(const uint4& v, int i) {
-    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-  }
-
-  // Steps of rows r and r + 8, and their zero points (in the middle, where there are none).
-  __device__ __forceinline__ static void load_steps(const Linear& layer, uint32_t record, int lane, half2* steps, half2* zeros) {
-    const half2 both = as_half2(load_shared(record));
-    steps[0] = __low2half2(both), steps[1] = __high2half2(both);
-    zeros[0] = zeros[1] = __float2half2_rn(0.5f * ((1 << BITS) - 1));
-    if (layer.offsets) {
-      uint16_t points;
-      asm volatile("ld.shared.u16 %0, [%1];" : "=h"(points) : "r"(record + 32 - (lane >> 2) * 2));
-      zeros[0] = __half2half2(__ushort2half_rn(points & 0xff)), zeros[1] = __half2half2(__ushort2half_rn(points >> 8));
-    }
-  }
-
-  __device__ __forceinline__ void by_levels(const Linear& layer, const uint4* pairs, uint2 single, const uint32_t* records,
-                                            int lane) {
-    Levels levels[SETS][2];  // [sign of plane 3][row]
-#pragma unroll
-    for (int w = 0; w < 4; w++) {
-      if (w % (H / 32) == 0) set_levels(layer, records[w * 32 / H], lane, levels);
-      const uint32_t pair = PAIRS ? word(pairs[0], w) : 0;
-      // planes 2 (bits 0 and 1 of a nibble, for both inputs of a pair) and 3 (bits 2 and 3), or a lone one: words 2 v and 2 v + 1
-      const uint32_t more = BITS == 4 ? word(pairs[PAIRS - 1], w) : BITS & 1 ? (w < 2 ? single.x : single.y) >> 2 * (w % 2) : 0;
-#pragma unroll
-      for (int e = 0; e < 2; e++) {  // the first and the second inputs of pairs
-        uint32_t selector = pair >> e & 0x55555555u, signs = 0;
-        if (BITS != 2) selector |= (e ? more : more << 1) & 0x22222222u;
-        if (BITS == 4) signs = (e ? more : more << 1) & 0x88888888u, signs |= signs >> 1;
-#pragma unroll
-        for (int row = 0; row < 2; row++) {
-          const uint32_t four = selector >> 16 * row;
-          uint32_t l = levels[0][row].lows(four), h = levels[0][row].highs(four);
-          if (BITS == 4) {  // 255 where the sign is set: 12 repeats the sign of byte 4
-            const uint32_t set = permute(0, 0x80, signs >> 16 * row);
-            l = (levels[SETS - 1][row].lows(four) & set) | (l & ~set), h = (levels[SETS - 1][row].highs(four) & set) | (h & ~set);
-          }
-          a[2 * w + e][row] = permute(l, h, 0x5140), a[2 * w + e][2 + row] = permute(l, h, 0x7362);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ static void set_levels(const Linear& layer, uint32_t record, int lane, Levels (*levels)[2]) {
-    if constexpr (GRID == BCQ) {
-      const float2 none = make_float2(0.f, 0.f), o = layer.offsets ? as_float2(load_shared(record + BITS * 32)) : none;
-      const float2 third = BITS & 1 ? as_float2(load_shared(record + PAIRS * 64)) : none;  // rows r and r + 8
-      if constexpr (BITS == 1) {
-#pragma unroll
-        for (int row = 0; row < 2; row++) {
-          const float middle = row ? o.y : o.x, t = row ? third.y : third.x;
-          levels[0][row].set(0, __float2half2_rn(middle - t), __float2half2_rn(middle + t));
-          levels[0][row].low[1] = levels[0][row].high[1] = 0;  // never looked up
-        }
-      }
-      if constexpr (BITS > 1) {
-        const uint2 scales = load_shared2(record + (lane >> 2) * 4);
-        const uint2 more = BITS == 4 ? load_shared2(record + 64 + (lane >> 2) * 4) : scales;
-#pragma unroll
-        for (int row = 0; row < 2; row++) {
-          const float2 pair = as_float2(row ? scales.y : scales.x), last = as_float2(row ? more.y : more.x);
-          const float middle = row ? o.y : o.x, t = BITS == 4 ? last.x : row ? third.y : third.x;
-          const float minus = pair.y - t, plus = pair.y + t;
-          const float v[4] = {minus - pair.x, minus + pair.x, plus - pair.x, plus + pair.x};
-          if constexpr (BITS == 4) {
-            levels[0][row].set(v, true, middle - last.y), levels[SETS - 1][row].set(v, true, middle + last.y);
-          } else {
-            levels[0][row].set(v, layer.offsets, middle);
-          }
-        }
-      }
-    } else {
-      half2 steps[2], zeros[2];
-      load_steps(layer, record, lane, steps, zeros);
-      // what index bits 0, 2 and 1 weigh
-      constexpr int A = PAIRS ? plane_weight(BITS, 0) : 0, B = PAIRS ? plane_weight(BITS, 1) : 0, C = BITS & 1;
-#pragma unroll
-      for (int row = 0; row < 2; row++) {
-        half2 v[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int least = i / 2 * B + i % 2 * C;
-          v[i] = __hmul2(__hsub2(__floats2half2_rn(least, least + A), zeros[row]), steps[row]);
-        }
-        levels[0][row].set(0, v[0], v[1]), levels[0][row].set(1, v[2], v[3]);
-      }
-    }
-  }
-
-  // 4 bits of a uniform grid: pairs of planes weigh (2, 8) and (1, 4).
-  __device__ __forceinline__ void by_numbers(const Linear& layer, const uint4* pairs, const uint32_t* records, int lane) {
-    half2 steps[2], zeros[2];
-#pragma unroll
-    for (int v = 0; v < 2; v++) {  // words 2 v and 2 v + 1
-      uint32_t nibbles[2][2];      // [word][input of a pair]: rows r and r + 8, four pairs each
-#pragma unroll
-      for (int w = 0; w < 2; w++) {
-        const uint32_t twos = word(pairs[0], 2 * v + w), ones = word(pairs[1], 2 * v + w);
-        nibbles[w][0] = (twos << 1 & 0xaaaaaaaau) | (ones & 0x55555555u);
-        nibbles[w][1] = (twos & 0xaaaaaaaau) | (ones >> 1 & 0x55555555u);
-      }
-#pragma unroll
-      for (int row = 0; row < 2; row++) {
-        if (row == 0 && (H < BLOCK || v == 0)) load_steps(layer, records[v * 64 / H], lane, steps, zeros);
-        half2 step = steps[row], zero = zeros[row];
-        if (H < BLOCK) {  // either word has its own
-          half2 other_steps[2], other_zeros[2];
-          load_steps(layer, records[(v * 64 + 32) / H], lane, other_steps, other_zeros);
-          step = __lows2half2(step, other_steps[row]), zero = __lows2half2(zero, other_zeros[row]);
-        }
-        // numbers in the lowest bits of the mantissa of 1024, and four bits higher in that of 64
-        const half2 whole = h2floor(zero), rest = __hmul2(__hsub2(whole, zero), step);
-        const half2 base[2] = {__hadd2(whole, __float2half2_rn(1024.f)), __hadd2(whole, __float2half2_rn(64.f))};
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const uint32_t both = permute(nibbles[0][e], nibbles[1][e], row ? 0x7632 : 0x5410), later = both >> 8;
-#pragma unroll
-          for (int j = 0; j < 4; j++) {
-            const uint32_t bits = j < 2 ? both : later;
-            const uint32_t number = j % 2 ? (bits & 0x00f000f0u) | 0x54005400u : (bits & 0x000f000fu) | 0x64006400u;
-            a[4 * v + 2 * (j / 2) + e][2 * (j % 2) + row] = as_word(__hfma2(__hsub2(as_half2(number), base[j % 2]), step, rest));
-          }
-        }
-      }
-    }
-  }
-};
-
 // Goes through the blocks of an item: addresses of this lane's words and of its rows in the records of the block's pieces.
 template <int BITS, int H> struct Walk {
   uint32_t codes, records[BLOCK / H];
@@ -368,8 +165,10 @@ template <int BITS, int H> struct Walk {
 
 #endif
 
-template <int BITS, int GRID, int H, int N>
-__global__ void __launch_bounds__((most_groups(N) + 1) * GROUP_THREADS, 1)
+struct Nothing {};
+
+template <int BITS, int GRID, int H, int N, bool DIGITS>
+__global__ void __launch_bounds__(((DIGITS ? most_groups(N, BITS) : most_groups(N)) + 1) * GROUP_THREADS, 1)
     fused_gemm(const __grid_constant__ Linear a, const __grid_constant__ Sizes z, const __grid_constant__ Plan plan) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char memory[];
@@ -431,7 +230,7 @@ __global__ void __launch_bounds__((most_groups(N) + 1) * GROUP_THREADS, 1)
       slab++;
     };
     wait_previous();
-    constexpr int AHEAD = tasks_ahead(N);
+    constexpr int AHEAD = tasks_ahead(N, DIGITS);
     Task ahead[AHEAD];  // inputs are under way for so many tasks
     const unsigned first_task = warp - 4 * groups;
 #pragma unroll
@@ -448,7 +247,8 @@ __global__ void __launch_bounds__((most_groups(N) + 1) * GROUP_THREADS, 1)
           next_slab();
           await(used + 8 * slot, parity);
         }
-        ahead[i].build(a, z, slots + slot * z.slot, lane);
+        if constexpr (DIGITS) ahead[i].build_digits(a, z, units, slots + slot * z.slot, lane);
+        else ahead[i].build(a, z, slots + slot * z.slot, lane);
         const unsigned next = task + AHEAD * plan.builders;
         if (next < total) ahead[i].fetch(a, begin + next / per_slab * units, next % per_slab, lane);
       }
@@ -461,7 +261,7 @@ __global__ void __launch_bounds__((most_groups(N) + 1) * GROUP_THREADS, 1)
     const int group = warp >> 2, kg = group % plan.k_groups, ng = group / plan.k_groups;
     const int tile = warp & 3, r = lane >> 2, q = lane & 3;
     // K-major without swizzle: 8 inputs of 8 rows of x are 128 bytes, the next 8 inputs begin N rows of 16 bytes on
-    constexpr uint32_t FORM = 8, ALONG = N << 16, STEP = 2 * N;  // STEP: from product to product, in 16 bytes
+    constexpr uint32_t FORM = 8, ALONG = (DIGITS ? 2 * N : N) << 16, STEP = 2 * N;  // STEP: from product to product, in 16 bytes
     const uint32_t own_codes = opaque(tile * (BITS * PLANE_BYTES) + pair_at(BITS, r, q, 0)), own_record = opaque(tile * z.record + r * 4);
     int slot = 0, slot_parity = 0, item = 0;
     for (int slab = begin; slab < end; slab += units) {
@@ -470,31 +270,38 @@ __global__ void __launch_bounds__((most_groups(N) + 1) * GROUP_THREADS, 1)
       await(made + 8 * slot, slot_parity);
       for (int panel = first + ng; panel < last && count > 0; panel += plan.n_groups, item++) {
         const int stage = group * plan.stages + (item & plan.stages - 1);
-        float sum[N / 2], d[N / 2];
+        float sum[N / 2];
 #pragma unroll
         for (int i = 0; i < N / 2; i++) sum[i] = 0.f;
+        [[maybe_unused]] std::conditional_t<DIGITS, ByDigits<BITS, GRID, N>, Nothing> by_digits;
+        [[maybe_unused]] std::conditional_t<DIGITS, Nothing, Weights<BITS, GRID, H>> weights;
+        [[maybe_unused]] float d[DIGITS ? 1 : N / 2];
         Walk<BITS, H> block(a, z, slab + skip, ring + stage * z.stage + own_codes,
                             ring + stage * z.stage + count * (BITS * 4 * PLANE_BYTES) + own_record);
-        Weights<BITS, GRID, H> weights;
         uint32_t inputs = ALONG | (descriptor_address(at) + skip * (2 * PRODUCTS) * STEP);
-        uint32_t scales = at + z.scales + (skip * N + 2 * q) * 4;
+        uint32_t scales = at + z.scales + (skip * N + 2 * q) * 4, sums = at + z.scales + ((units + 2 * skip) * N + 2 * q) * 4;
         await(full + 8 * stage, item >> depth & 1);
         for (int u = 0; u < count; u++) {  // weights of one warpgroup are made during the products of another
+          if constexpr (DIGITS) {
+            by_digits.run(a, z, block, inputs, scales, sums, FORM, lane, sum);
+            inputs += 2 * PRODUCTS * STEP, sums += 2 * N * 4;
+          } else {
 #pragma unroll
-          for (int b = 0; b < 2; b++) {
-            block.next(a, z);
-            weights.load(a, block.codes, block.records, lane);
-            fence_products();
+            for (int b = 0; b < 2; b++) {
+              block.next(a, z);
+              weights.load(a, block.codes, block.records, lane);
+              fence_products();
 #pragma unroll
-            for (int i = 0; i < PRODUCTS; i++) multiply<N>(d, weights.a[i], inputs + i * STEP, FORM, b + i > 0);
-            commit_products();
-            wait_products();
-            inputs += PRODUCTS * STEP;
-          }
+              for (int i = 0; i < PRODUCTS; i++) multiply<N>(d, weights.a[i], inputs + i * STEP, FORM, b + i > 0);
+              commit_products();
+              wait_products();
+              inputs += PRODUCTS * STEP;
+            }
 #pragma unroll
-          for (int i = 0; i < N / 2; i += 4) {
-            const float2 c = load_floats(scales + i * 8);
-            sum[i] += d[i] * c.x, sum[i + 1] += d[i + 1] * c.y, sum[i + 2] += d[i + 2] * c.x, sum[i + 3] += d[i + 3] * c.y;
+            for (int i = 0; i < N / 2; i += 4) {
+              const float2 c = load_floats(scales + i * 8);
+              sum[i] += d[i] * c.x, sum[i + 1] += d[i + 1] * c.y, sum[i + 2] += d[i + 2] * c.x, sum[i + 3] += d[i + 3] * c.y;
+            }
           }
           scales += N * 4;
         }
@@ -539,7 +346,7 @@ __global__ void __launch_bounds__((most_groups(N) + 1) * GROUP_THREADS, 1)
 #endif
 }
 
-template <int BITS, int GRID, int H, int N> int launch(const Linear& a, const Plan& plan, cudaStream_t stream) {
+template <int BITS, int GRID, int H, int N, bool DIGITS> int launch(const Linear& a, const Plan& plan, cudaStream_t stream) {
   const Shape shape(a, plan.split);
   const int groups = plan.k_groups * plan.n_groups, clusters = plan.blocks / plan.split, units = plan.k_groups * plan.item;
   Sizes z{};
@@ -547,34 +354,44 @@ template <int BITS, int GRID, int H, int N> int launch(const Linear& a, const Pl
   z.most_panels = (z.panels + clusters - 1) / clusters;
   z.per_group = a.group > 32 ? (unsigned)(((1ull << 32) + a.group / 32 - 1) / (a.group / 32)) : 0;
   z.stage = plan.item * (BITS * 4 * PLANE_BYTES + (UNIT / H) * 4 * z.record);
-  z.scales = units * UNIT * N * 2, z.slot = z.scales + (units * N * 4 + 127) / 128 * 128;
+  z.scales = units * UNIT * N * 2, z.slot = z.scales + (units * N * (DIGITS ? 12 : 4) + 127) / 128 * 128;
   const size_t bytes = BARRIER_BYTES + plan.slots * z.slot + groups * plan.stages * z.stage +
                        (size_t)plan.k_groups * z.most_panels * N * KEPT_STRIDE * 4;
-  if (groups > most_groups(N) || groups * plan.stages > MOST_STAGES || plan.slots > MOST_SLOTS || plan.builders > 3)
+  if (groups > (DIGITS ? most_groups(N, BITS) : most_groups(N)) || groups * plan.stages > MOST_STAGES || plan.slots > MOST_SLOTS || plan.builders > 3)
     return cudaErrorInvalidValue;
   const int threads = groups * GROUP_THREADS + (plan.builders + 1) * 32;
-  return launch_kernel(fused_gemm<BITS, GRID, H, N>, plan.blocks, plan.split, threads, bytes, stream, a, z, plan);
+  return launch_kernel(fused_gemm<BITS, GRID, H, N, DIGITS>, plan.blocks, plan.split, threads, bytes, stream, a, z, plan);
 }
 
 template <int BITS, int GRID, int H> int by_rows(const Linear& a, int rows, const Plan& plan, cudaStream_t stream) {
   switch (rows) {
-    case 16: return launch<BITS, GRID, H, 16>(a, plan, stream);
-    case 32: return launch<BITS, GRID, H, 32>(a, plan, stream);
-    case 64: return launch<BITS, GRID, H, 64>(a, plan, stream);
+    case 16: return launch<BITS, GRID, H, 16, false>(a, plan, stream);
+    case 32: return launch<BITS, GRID, H, 32, false>(a, plan, stream);
+    case 64: return launch<BITS, GRID, H, 64, false>(a, plan, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-template <int BITS, int GRID> int by_group(const Linear& a, int rows, const Plan& plan, cudaStream_t stream) {
+template <int BITS, int GRID> int by_group(const Linear& a, int rows, const Plan& plan, bool digits, cudaStream_t stream) {
+  if (digits) {
+    if constexpr (takes_digits(BITS, GRID, 16)) {
+      if (rows == 16 && a.group % BLOCK == 0) return launch<BITS, GRID, BLOCK, 16, true>(a, plan, stream);
+    }
+    if constexpr (takes_digits(BITS, GRID, 32)) {
+      if (rows == 32 && a.group % BLOCK == 0) return launch<BITS, GRID, BLOCK, 32, true>(a, plan, stream);
+    }
+    return cudaErrorInvalidValue;
+  }
   return a.group % BLOCK == 0 ? by_rows<BITS, GRID, BLOCK>(a, rows, plan, stream)
                               : by_rows<BITS, GRID, 32>(a, rows, plan, stream);
 }
 
 }  // namespace
 
-// One file per number of bits. For up to `rows` rows of x (16, 32 or 64) in fp16 or bf16, on sm_90. Returns a cudaError_t.
-#define LUTQ_FUSED_GEMM(BITS)                                                                                      \
-  extern "C" int lutq_fused_gemm_##BITS##bit(const Linear* a, int rows, const Plan* plan, cudaStream_t stream) {   \
-    return a->grid == BCQ ? by_group<BITS, BCQ>(*a, rows, *plan, stream)                                           \
-                          : by_group<BITS, UNIFORM>(*a, rows, *plan, stream);                                      \
+// One file per number of bits. For up to `rows` rows of x (16, 32 or 64) in fp16 or bf16, on sm_90; with `digits`, by those, which
+// takes groups of multiples of 128 and, on the BCQ grid, up to 3 bits. Returns a cudaError_t.
+#define LUTQ_FUSED_GEMM(BITS)                                                                                                  \
+  extern "C" int lutq_fused_gemm_##BITS##bit(const Linear* a, int rows, const Plan* plan, int digits, cudaStream_t stream) {   \
+    return a->grid == BCQ ? by_group<BITS, BCQ>(*a, rows, *plan, digits, stream)                                               \
+                          : by_group<BITS, UNIFORM>(*a, rows, *plan, digits, stream);                                          \
   }

@@ -69,8 +69,8 @@ def round_columns(
     return positions, r
 
 
-class Columns(ctypes.Structure):
-    """`Columns` of kernels/columns.cu."""
+class ColumnPass(ctypes.Structure):
+    """`ColumnPass` of kernels/columns.cu."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("wanted", "q", "factors", "values", "middles", "positions", "r")),
@@ -96,7 +96,7 @@ def round_on_gpu(
             here = slice(begin, end)
             tile = (wanted[here], None if q is None else q[here], factors[here, here], values, middles, positions[here], r[here])
             pointers = (None if tensor is None else tensor.data_ptr() for tensor in tile)
-            start(kernels(wanted.device).lutq_round_columns, Columns(*pointers, N, end - begin, g, len(values)))
+            start(kernels(wanted.device).lutq_round_columns, ColumnPass(*pointers, N, end - begin, g, len(values)))
             if end < g:
                 wanted[end:].addmm_(factors[here, end:].T, r[here], alpha=-1)
     return positions, r

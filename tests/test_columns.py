@@ -9,7 +9,7 @@ import torch
 
 import lutq.cuda
 from lutq.bcq import storable
-from lutq.columns import TILE, Columns, levels_of, planes_of, round_columns, round_on_gpu
+from lutq.columns import TILE, ColumnPass, levels_of, planes_of, round_columns, round_on_gpu
 
 
 def problem(bits, g, N, seed=0):
@@ -107,10 +107,10 @@ def test_tiles_of_the_gpu(stand_in, bits, g, start):
 
 
 def test_arguments_are_those_of_the_source():
-    """`Columns` has the fields of kernels/columns.cu in their order."""
+    """`ColumnPass` has the fields of kernels/columns.cu in their order."""
     from lutq.paths import shipped
 
-    text = (shipped("kernels") / "columns.cu").read_text().split("struct Columns {")[1].split("};")[0]
+    text = (shipped("kernels") / "columns.cu").read_text().split("struct ColumnPass {")[1].split("};")[0]
     code = "".join(line.split("//")[0] for line in text.splitlines())
     names = [name.strip(" *").split()[-1].strip("*") for part in code.split(";") for name in part.split(",") if name.strip()]
-    assert names == [name for name, *_ in Columns._fields_]
+    assert names == [name for name, *_ in ColumnPass._fields_]
