@@ -239,20 +239,24 @@ def dequantize(
     for begin in range(0, N, rows):
         part = slice(begin, begin + rows)
 
-        def spread(per_group: torch.Tensor, part: slice = part) -> torch.Tensor:  # [N, G] -> fp32 [rows, K]
-            return per_group[part].float().repeat_interleave(g, dim=-1)[:, :K]
+        def plane(i: int, *values: float, part: slice = part) -> torch.Tensor:  # fp32 [rows, G, g], the last group filled up
+            whole = signs(codes[i, part], K, *values)
+            return (F.pad(whole, (0, -K % g)) if K % g else whole).unflatten(1, (-1, g))
+
+        def each(per_group: torch.Tensor, part: slice = part) -> torch.Tensor:  # [N, G] -> fp32 [rows, G, 1]
+            return per_group[part].float()[:, :, None]
 
         if grid == "uniform":
-            w = signs(codes[0, part], K, 2.0 ** (bits - 1), 0.0)
+            w = plane(0, 2.0 ** (bits - 1), 0.0)
             for i in range(1, bits):
-                w += signs(codes[i, part], K, 2.0 ** (bits - 1 - i), 0.0)
-            w -= spread(zero_points) if zero_points is not None else (2**bits - 1) / 2
-            w *= spread(scales[0])
+                w += plane(i, 2.0 ** (bits - 1 - i), 0.0)
+            w -= each(zero_points) if zero_points is not None else (2**bits - 1) / 2
+            w *= each(scales[0])
         else:
-            w = signs(codes[0, part], K) * spread(scales[0])
+            w = plane(0).mul_(each(scales[0]))
             for i in range(1, bits):
-                w += signs(codes[i, part], K) * spread(scales[i])
+                w += plane(i).mul_(each(scales[i]))
             if offsets is not None:
-                w += spread(offsets)
-        out[part] = w.to(dtype)
+                w += each(offsets)
+        out[part] = w.flatten(1)[:, :K]
     return out
