@@ -6,7 +6,7 @@ to end is the order of EfficientQAT (arXiv 2407.11062); learning only the scales
 (arXiv 2510.10467).
 
 Some windows are held out. What counts is the loss on them: the best state is kept, the first one included, so that no stage
-ends worse than it began. A pass that makes it worse was too fast: the next goes on from the best state with shorter steps.
+ends worse than it began.
 """
 
 import math
@@ -22,7 +22,6 @@ TOKENS = 2048  # of an optimizer step
 BETAS = (0.9, 0.95)
 WARMUP = 10  # steps
 HELD_OUT = 8  # one window in so many
-SLOWER = 0.25  # steps after a pass that made things worse, in parts of those before
 VECTORS = 0.3  # rate of norms and biases, absolute; that of scales and offsets counts in multiples of their own size
 
 Loss = Callable[[torch.Tensor], torch.Tensor]  # numbers of some windows [B] -> mean loss over them
@@ -62,7 +61,7 @@ class Tuner:
     """
 
     def __init__(self, module: torch.nn.Module, loss: Loss, count: int, length: int, epochs: int, rate: float, seed: int) -> None:
-        self.loss, self.epochs, self.seed, self.epoch, self.speed = loss, epochs, seed, 0, 1.0
+        self.loss, self.epochs, self.seed, self.epoch = loss, epochs, seed, 0
         self.parameters = tunable_parameters(module)
         self.layers = [layer for _, layer in tunables(module)]
         self.batch = max(1, TOKENS // length)
@@ -86,7 +85,7 @@ class Tuner:
             step = self.epoch * len(batches) + number
             factor = min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / (self.epochs * len(batches)))) / 2
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor * self.speed
+                group["lr"] = rate * factor
             self.optimizer.zero_grad()
             loss = self.loss(windows)
             loss.backward()
@@ -101,10 +100,6 @@ class Tuner:
         now = mean_loss(self.loss, self.held_out, self.batch)
         if now < self.best_loss:
             self.best_loss, self.best = now, self.snapshot()
-        else:
-            self.finish()
-            self.optimizer.state.clear()
-            self.speed *= SLOWER
 
     def finish(self) -> None:
         """Put the best state into the module."""
@@ -116,7 +111,6 @@ class Tuner:
         """Everything that the next epochs depend on."""
         return {
             "epoch": self.epoch,
-            "speed": self.speed,
             "parameters": self.snapshot(),
             "optimizer": self.optimizer.state_dict(),
             "losses": (self.first, self.best_loss),
@@ -125,7 +119,7 @@ class Tuner:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self.epoch, self.speed, self.best = state["epoch"], state["speed"], state["best"]
+        self.epoch, self.best = state["epoch"], state["best"]
         self.first, self.best_loss = state["losses"]
         self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
