@@ -22,7 +22,7 @@ OLDEST = (8, 0)
 CLUSTERS = (9, 10, 12)  # generations on which products are launched in clusters of blocks: PTX for 8.0 cannot
 ARCH = re.compile(r"(sm|compute)_(\d+)(\d)([a-z]?)")
 INSTALL = "pip install 'lutq[nvcc]', or install the CUDA toolkit (12.8 or newer) and put nvcc on PATH"
-INSTALL_HOST = "nvcc needs a C++ compiler, and there is no g++ on PATH: apt install g++, or dnf install gcc-c++"
+INSTALL_HOST = "nvcc and the CPU kernel need a C++ compiler, and there is no g++ on PATH: apt install g++, or dnf install gcc-c++"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 
 from lutq.build import BUNDLED, cache_folder, fault, library_path, read_library, source_hash
 from lutq.compiler import INSTALL, INSTALL_HOST, OLDEST, Compiler, find_compiler, host_compiler
+from lutq.cpu import compiled
 from lutq.errors import LutqError
 from lutq.paths import shipped
 from lutq.runtime import size
@@ -55,7 +56,7 @@ def diagnose() -> tuple[list[str], bool]:
         lines.append(line("driver", f"for CUDA {driver[0]}.{driver[1]} and older"))
     lines += [
         line("compiler", f"{compiler}" if compiler else "no nvcc found"),
-        line("C++ compiler", host or "none found (g++), which nvcc needs"),
+        line("C++ compiler", host or "none found (g++)"),
         line("bundled", bundled_library()),
         line("cache", cached_libraries()),
     ]
@@ -66,7 +67,10 @@ def diagnose() -> tuple[list[str], bool]:
         healthy = healthy and words.startswith("cuda kernels")
         if remedy and remedy not in remedies:
             remedies.append(remedy)
-    lines.append(line("runs on CPU", "reference: unpacks each layer at every call; works everywhere, and is not fast"))
+    words, remedy = what_runs_on_cpu(host)
+    lines.append(line("runs on CPU", words))
+    if remedy and remedy not in remedies:
+        remedies.append(remedy)
     lines += [line("to do", remedy) for remedy in remedies] or [line("to do", "nothing")]
     return lines, healthy
 
@@ -152,6 +156,15 @@ def what_runs(gpu: Gpu, compiler: Compiler | None, host: str | None, driver: tup
         remedy = f"update the NVIDIA driver, or compile with CUDA {driver[0]}: CUDA_HOME=/path/to/it lutq build"
         return f"reference: the driver is too old for what {compiler} compiles", remedy
     return "cuda kernels: they will be compiled at first use, or now by `lutq build`", None
+
+
+def what_runs_on_cpu(host: str | None) -> tuple[str, str | None]:
+    """Which backend runs on the CPU and why, and what to do if it could be a faster one."""
+    if compiled().is_file():
+        return "cpu kernel: compiled earlier", None
+    if host:
+        return "cpu kernel: it will be compiled at first use, within seconds", None
+    return "reference: unpacks each layer at every call, for there is no C++ compiler", INSTALL_HOST
 
 
 def try_kernels(device: int | str) -> str | None:

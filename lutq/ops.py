@@ -50,8 +50,18 @@ def cuda(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, group: int,
     return multiply(x, prepack(packed, layer), bias, packed.codes.shape[1], layer)
 
 
-BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"reference": reference, "cuda": cuda}
+def cpu(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, group: int, grid: str) -> torch.Tensor:
+    """The CPU kernel, in fp32 whatever the dtype of x; an x of fp64 goes to the reference."""
+    from lutq.cpu import multiply
+
+    if x.dtype == torch.float64:
+        return reference(x, packed, bias, group, grid)
+    return multiply(x, packed, bias, group, grid)
+
+
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"reference": reference, "cpu": cpu, "cuda": cuda}
 REFERENCE = "unpacks each layer, then an ordinary matrix product"
+KERNELS = {"cpu": "CPU kernel", "cuda": "CUDA kernels"}  # by the type of device, which is the name of their backend
 
 
 def choose_backend(requested: str = "auto", device: str | torch.device = "cpu") -> tuple[str, str]:
@@ -64,25 +74,31 @@ def choose_backend(requested: str = "auto", device: str | torch.device = "cpu") 
     place = torch.device(device)
     if requested == "reference":
         return requested, "as asked"
-    if place.type != "cuda":
-        if requested == "cuda":
-            raise LutqError(f"backend 'cuda' needs a GPU and the device is {place}: use --device cuda, or --backend reference")
+    if place.type != "cuda" and requested == "cuda":
+        raise LutqError(f"backend 'cuda' needs a GPU and the device is {place}: use --device cuda, or --backend reference")
+    if place.type != "cpu" and requested == "cpu":
+        raise LutqError(f"backend 'cpu' needs the CPU and the device is {place}: use --device cpu, or leave --backend out")
+    if place.type not in KERNELS:
         return "reference", f"the only backend for {place.type} so far: {REFERENCE}"
     problem = no_kernels(place)
     if problem is None:
-        return "cuda", "as asked" if requested == "cuda" else "the fastest: products with the packed weights themselves"
-    if requested == "cuda":
-        raise LutqError(f"the CUDA kernels cannot run: {problem}")
-    return "reference", f"{REFERENCE}, because the CUDA kernels cannot run: {problem}"
+        return place.type, "the fastest: products with the packed weights themselves" if requested == "auto" else "as asked"
+    if requested == place.type:
+        raise LutqError(f"the {KERNELS[place.type]} cannot run: {problem}")
+    return "reference", f"{REFERENCE}, because the {KERNELS[place.type]} cannot run: {problem}"
 
 
 def no_kernels(device: torch.device) -> str | None:
-    """Why the CUDA kernels cannot run on a GPU, with the remedy; None if they can, as far as known without compiling."""
+    """Why the kernels cannot run on a GPU or a CPU, with the remedy; None if they can, as far as known without compiling."""
     from lutq.build import library_path
     from lutq.compiler import OLDEST, find_compiler, host_compiler
 
     if device in failed:
         return failed[device]
+    if device.type == "cpu":
+        from lutq.cpu import no_kernel
+
+        return no_kernel()
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
@@ -99,21 +115,22 @@ failed: dict[torch.device, str] = {}  # why the kernels do not work, by device, 
 def working_backend(requested: str, device: torch.device) -> str:
     """The backend that a layer uses: `choose_backend`, and the kernels compiled, loaded and checked.
 
-    `auto` warns once, with the remedy, and uses the reference where the kernels do not work; `cuda` raises LutqError.
+    `auto` warns once, with the remedy, and uses the reference where the kernels do not work; `cuda` and `cpu` raise LutqError.
     """
     name, why = choose_backend(requested, device)
-    if name == "cuda":
+    if name in KERNELS:
+        from lutq.cpu import kernel
         from lutq.cuda import kernels
 
         try:
-            kernels(device)
+            kernels(device) if name == "cuda" else kernel()
         except LutqError as error:
-            if requested == "cuda":
+            if requested == name:
                 raise
             failed[device] = why = str(error)
             name = "reference"
-    if name == "reference" and requested == "auto" and device.type == "cuda":
-        warnings.warn(f"lutq runs without its CUDA kernels: {why}", stacklevel=2)
+    if name == "reference" and requested == "auto" and device.type in KERNELS:
+        warnings.warn(f"lutq runs without its {KERNELS[device.type]}: {why}", stacklevel=2)
     return name
 
 

@@ -22,9 +22,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from lutq.cpu import kernel, no_kernel
+from lutq.ops import choose_backend
 from lutq.pack import Packed, packed_shapes
 from lutq.paths import ASSETS
 from lutq.store import Store
+
+if no_kernel() is None:
+    kernel()  # compiled now, so that no test has it compiled and sees that said
+
+CPU_BACKEND = choose_backend()[0]  # what `auto` is on the CPU: the kernel, where it can be compiled
 
 OPT_TINY = ASSETS / "opt-tiny"
 COMMON = {"vocab_size": 4096, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "max_position_embeddings": 128}

@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from conftest import Crash
+from conftest import CPU_BACKEND, Crash
 from safetensors.torch import load_file
 
 from lutq import allocate, calib, latency, sensitivity
@@ -135,7 +135,7 @@ def test_more_time_is_used_for_less_loss(tiny, tmp_path, clock):
 def test_times_of_this_processor(tiny, tmp_path):
     report = run(tiny("opt"), tmp_path / "out", target_ms=1e6)
     record = settings_of(report)["latency"]
-    assert record["backend"] == "reference"
+    assert record["backend"] == CPU_BACKEND
     assert record["device"].startswith("CPU, ")
     sizes = {(layer.N, layer.K) for layer in report.layers}
     assert {(product["n"], product["k"]) for product in record["products"]} == sizes
@@ -259,4 +259,4 @@ def test_command_says_what_was_chosen_and_predicted(tiny, tmp_path, lutq_command
     assert re.search(r"time of products +predicted [\d.]+ ms per token .* of 1000 allowed", result.stdout), result.stdout
     result = lutq_command("info")
     assert result.returncode == 0, result.stderr
-    assert re.search(r"predicted [\d.]+ ms per token .* CPU, \d+ threads, backend reference", result.stdout), result.stdout
+    assert re.search(rf"predicted [\d.]+ ms per token .* CPU, \d+ threads, backend {CPU_BACKEND}", result.stdout), result.stdout

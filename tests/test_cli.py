@@ -159,7 +159,7 @@ def check_info(text):
     assert "OPTForCausalLM, 4.5 M parameters, 4 blocks, context 1024" in text, text
     assert "3.500 bits per weight in 24 layers" in text, text
     assert re.search(r"^fc2 +4 +3 +128 +bcq +yes +3\.500$", text, re.MULTILINE), text
-    assert re.search(r"would run here on (CPU|NVIDIA).* with backend reference", text), text
+    assert re.search(r"would run here on (CPU|NVIDIA).* with backend (reference|cpu|cuda)", text), text
 
 
 def check_eval(text):
@@ -261,7 +261,7 @@ SETTINGS = {
     "--tolerance 1": "tolerance must be at least 0 and less than 1",
     "--tolerance nan": "tolerance must be at least 0 and less than 1",
     "--recipe no-such": "no recipe 'no-such'.*default, mixed-3bit, rtn-4bit",
-    "--backend tpu": "unknown backend 'tpu': use auto or reference, cuda",
+    "--backend tpu": "unknown backend 'tpu': use auto or reference, cpu, cuda",
     "--backend cuda --device cpu": "needs a GPU",
     "--device tpu": "device",
     "--device cuda:99": "use --device cpu|there is no cuda:99",
@@ -598,7 +598,8 @@ def test_out_of_memory_in_fit(invoke, tiny, tmp_path, monkeypatch, error):
 
 @pytest.mark.parametrize("error", ALLOCATION_ERRORS, ids=lambda error: type(error).__name__)
 def test_out_of_memory_while_running(invoke, embedded, monkeypatch, error):
-    monkeypatch.setattr("lutq.ops.dequantize", lambda *_: (_ for _ in ()).throw(error))
+    for product in ("lutq.ops.dequantize", "lutq.cpu.multiply"):
+        monkeypatch.setattr(product, lambda *_: (_ for _ in ()).throw(error))
     message = one_sentence(invoke(*EVAL[:2], *EVAL[4:], "--model", embedded), f"{error=}", progress=True)
     assert "out of memory: windows of 64 tokens are too long here: use --protocol context-32" in message, f"{error=} {message}"
     result = invoke(*GENERATE, "--model", embedded)  # has printed the prompt

@@ -1245,7 +1245,7 @@ NO_COMPILER = r"not compiled for sm_90 yet, and there is no compiler; pip instal
 
 def test_unknown_backend():
     for choose in (choose_backend, working_backend):
-        with pytest.raises(LutqError, match=r"unknown backend 'abacus': use auto or reference, cuda"):
+        with pytest.raises(LutqError, match=r"unknown backend 'abacus': use auto or reference, cpu, cuda"):
             choose("abacus", torch.device("cpu"))
 
 

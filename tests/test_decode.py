@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, LLAMA, MODELS, build_model
+from conftest import CPU_BACKEND, FAMILIES, LLAMA, MODELS, build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lutq.config import LayerConfig
@@ -659,8 +659,8 @@ def test_greedy_text_is_that_of_the_plain_engine(small, tokenizer, engine, promp
     assert len(pieces) > 5, "not streamed"
     assert (found.prompt_tokens, found.new_tokens) == (expected.prompt_tokens, expected.new_tokens)
     assert (found.engine, expected.engine) == (engine, "plain")
-    assert found.summary().endswith(f"; backend reference, engine {engine}"), found.summary()
-    assert expected.summary().endswith("; backend reference"), expected.summary()
+    assert found.summary().endswith(f"; backend {CPU_BACKEND}, engine {engine}"), found.summary()
+    assert expected.summary().endswith(f"; backend {CPU_BACKEND}"), expected.summary()
 
 
 @pytest.mark.parametrize("engine", ["fast", "graph"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CPU_BACKEND
 from typer.testing import CliRunner
 
 import lutq.doctor
@@ -74,7 +75,7 @@ MACHINES = {
         ["pip install"],
     ),
     "library, no compiler": (
-        {"compiler": None, "host": None},
+        {"compiler": None},
         True,
         ["runs on 0     cuda kernels", "to do         nothing"],
         ["pip"],
@@ -94,6 +95,12 @@ MACHINES = {
             "to do         pip install 'lutq[nvcc]'",
         ],
         ["to do         nothing"],
+    ),
+    "library, no g++": (
+        {"compiler": None, "host": None},
+        True,
+        ["runs on 0     cuda kernels", "runs on CPU   reference", "apt install g++"],
+        ["pip"],
     ),
     "no g++": (
         {"library": NOT_YET, "host": None},
@@ -136,7 +143,7 @@ MACHINES = {
     "no GPU": (
         {**NO_GPU, "compiler": None, "library": NOT_YET},
         True,
-        ["a CPU build", "GPU           none that torch can see", "runs on CPU   reference", "to do         nothing"],
+        ["a CPU build", "GPU           none that torch can see", "runs on CPU   cpu kernel: it will", "to do         nothing"],
         ["runs on 0", "driver", "pip install"],
     ),
     "GPU and torch for the CPU": (
@@ -259,4 +266,4 @@ def test_this_machine(run_lutq):
     result = run_lutq("doctor", env={"CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(rf"torch +{re.escape(torch.__version__)}, ", result.stdout), result.stdout
-    assert "runs on CPU   reference" in result.stdout
+    assert f"runs on CPU   {CPU_BACKEND}" in result.stdout

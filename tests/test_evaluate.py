@@ -9,7 +9,7 @@ import shutil
 import datasets
 import pytest
 import torch
-from conftest import OPT_TINY
+from conftest import CPU_BACKEND, OPT_TINY
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -239,7 +239,7 @@ def test_json_and_baseline(small, embedded, tmp_path):
     assert written == [dataclasses.asdict(result) for result in results], f"{written}"
     base, model = written
     assert (base["model"], model["model"]) == ("opt-tiny", str(embedded)), f"{written}"
-    assert (base["backend"], model["backend"]) == ("torch", "reference"), f"{written}"
+    assert (base["backend"], model["backend"]) == ("torch", CPU_BACKEND), f"{written}"
     for entry in written:
         wanted = {"dataset": str(small), "protocol": "context-64", "window": 64, "dtype": "float32", "bos": True}
         assert wanted.items() <= entry.items(), f"{entry}"

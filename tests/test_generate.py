@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import CPU_BACKEND
 from transformers import AutoTokenizer
 
 from lutq.errors import LutqError
@@ -75,7 +76,7 @@ def test_streaming(model, tokenizer):
     assert f"prompt {result.prompt_tokens} tokens" in result.summary(), f"{result.summary()}"
     assert f"decode {result.new_tokens} tokens" in result.summary(), f"{result.summary()}"
     assert result.summary().endswith(f"; backend {result.backend}"), f"{result.summary()}"
-    assert result.backend in ("reference", "torch"), f"{result.backend=}"
+    assert result.backend in (CPU_BACKEND, "torch"), f"{result.backend=}"
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])

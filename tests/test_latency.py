@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import CPU_BACKEND
 
 from lutq import latency
 from lutq.config import LayerConfig
@@ -21,7 +22,7 @@ def test_each_product_is_measured_once_and_kept(tmp_path, monkeypatch):
     first = measure(iter(products + products), torch.device("cpu"), journal)
     assert calls == products
     assert first.ns == {product: 1500 * number for number, product in enumerate(products, 1)}
-    assert first.backend == "reference"
+    assert first.backend == CPU_BACKEND
     assert first.device.startswith("CPU, ")
     assert measure(products, torch.device("cpu"), journal) != first, "this journal was opened before the times were written"
     journal.close()
@@ -40,7 +41,7 @@ def test_times_of_another_device_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "device_name", lambda device: "CPU, 77 threads")
     measure([], torch.device("cpu"), journal)
     monkeypatch.setattr(latency, "device_name", lambda device: "NVIDIA X")
-    with pytest.raises(StaleRunError, match=r"timed on CPU, .* and this is NVIDIA X \(backend reference\): start again$"):
+    with pytest.raises(StaleRunError, match=rf"timed on CPU, .* and this is NVIDIA X \(backend {CPU_BACKEND}\): start again$"):
         measure([], torch.device("cpu"), journal)
     journal.close()
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import CPU_BACKEND
 
 from lutq.config import LayerConfig
 from lutq.errors import LutqError
@@ -252,7 +253,7 @@ def test_unknown_backend_is_refused():
     module.backend = "abacus"
     with pytest.raises(LutqError, match=r"unknown backend 'abacus': use auto or .*reference"):
         module(x)
-    module.backend = "reference"
+    module.backend = CPU_BACKEND
     named = module(x)
     module.backend = "auto"
     assert torch.equal(module(x), named)
