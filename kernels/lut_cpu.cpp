@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -207,8 +208,12 @@ class Pool {
   // work(first, last) over [0, count), by so many threads, this one among them.
   void run(int threads, int64_t count, const std::function<void(int64_t, int64_t)>& work) {
     std::lock_guard<std::mutex> alone(running);
-    const int helpers = (int)std::min<int64_t>(threads, (count + SHARE - 1) / SHARE) - 1;
-    while ((int)pool.size() < helpers) pool.emplace_back([this, id = (int)pool.size(), seen = turn] { serve(id, seen); }), pool.back().detach();
+    int helpers = (int)std::max<int64_t>(0, std::min<int64_t>(threads, (count + SHARE - 1) / SHARE) - 1);
+    try {
+      for (; size < helpers; size++) std::thread([this, id = size, seen = turn] { serve(id, seen); }).detach();
+    } catch (const std::system_error&) {  // the system has no more
+      helpers = size;
+    }
     {
       std::lock_guard<std::mutex> lock(mutex);
       job = &work, total = count, next = 0, wanted = helpers, left = helpers, turn++;
@@ -239,12 +244,11 @@ class Pool {
 
   std::mutex running, mutex;
   std::condition_variable start, done;
-  std::vector<std::thread> pool;
   const std::function<void(int64_t, int64_t)>* job = nullptr;
   std::atomic<int64_t> next{0};
   int64_t total = 0;
   uint64_t turn = 0;
-  int wanted = 0, left = 0;
+  int size = 0, wanted = 0, left = 0;  // threads: there are, for the job, still at work
 };
 
 }  // namespace

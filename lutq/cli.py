@@ -27,7 +27,7 @@ app = typer.Typer(
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N; auto is the GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="Of activations: float16, bfloat16, float32; auto is float32 on the CPU.")]
-Backend = Annotated[str, typer.Option(help="Kernel of the quantized layers: auto, cuda or reference.")]
+Backend = Annotated[str, typer.Option(help="Kernel of the quantized layers: auto, cuda, cpu or reference.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 Precision = Annotated[
     Optional[int], typer.Option("--bits", help="A precision that the checkpoint serves, see `lutq info`; default: the highest.")

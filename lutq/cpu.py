@@ -46,6 +46,7 @@ def source() -> Path:
     return shipped("kernels") / "lut_cpu.cpp"
 
 
+@functools.cache
 def machine() -> str:
     """What this processor can do, in words: the kernel is compiled for that."""
     try:
