@@ -454,7 +454,9 @@ def test_read_only_cache(sources, fake, cache):
 
 def test_no_host_compiler(sources, fake, monkeypatch):
     monkeypatch.setattr(lutq.compiler, "host_compiler", lambda: None)
-    with pytest.raises(LutqError, match=r"nvcc needs a C\+\+ compiler, and there is no g\+\+ on PATH: apt install g\+\+"):
+    with pytest.raises(
+        LutqError, match=r"nvcc and the CPU kernel need a C\+\+ compiler, and there is no g\+\+ on PATH: apt install g\+\+"
+    ):
         build(["sm_80"], sources=sources)
 
 
