@@ -80,10 +80,7 @@ struct Bytes {
   __device__ __forceinline__ void numbers(const uint32_t (&twos)[4], const uint32_t (&ones)[4]) {
     uint32_t nibbles[4][2];  // [word][input of a pair]
 #pragma unroll
-    for (int w = 0; w < 4; w++) {
-      nibbles[w][0] = (twos[w] << 1 & 0xaaaaaaaau) | (ones[w] & 0x55555555u);
-      nibbles[w][1] = (twos[w] & 0xaaaaaaaau) | (ones[w] >> 1 & 0x55555555u);
-    }
+    for (int w = 0; w < 4; w++) to_nibbles(twos[w], ones[w], nibbles[w]);
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -127,8 +124,7 @@ template <int BITS, int GRID> struct Worth {
       const float2 steps = as_float2(load_shared(record));
       float zeros[2] = {0.5f * ((1 << BITS) - 1), 0.5f * ((1 << BITS) - 1)};
       if (offsets) {
-        uint16_t points;
-        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(points) : "r"(record + 32 - (lane >> 2) * 2));
+        const uint16_t points = load_points(record, lane);
         zeros[0] = points & 0xff, zeros[1] = points >> 8;
       }
 #pragma unroll
@@ -190,8 +186,7 @@ template <int BITS, int GRID, int N> struct ByDigits {
         words[2 * i][0] = v.x, words[2 * i][1] = v.y, words[2 * i][2] = v.z, words[2 * i][3] = v.w;
       }
       if (BITS & 1) {
-        const int odd = lane >> 2 & 1;
-        const uint2 v = load_shared2((block.codes ^ odd * 64) + (BITS - 1) * ROW_BYTES - odd * (ROW_BYTES - 8));
+        const uint2 v = load_lone<BITS>(block.codes, lane);
         uint32_t* lone = words[BITS - 1];
         lone[0] = v.x, lone[1] = v.x >> 2, lone[2] = v.y, lone[3] = v.y >> 2;
       }

@@ -47,8 +47,7 @@ template <int BITS, int GRID, int H> struct Weights {
     uint2 single = make_uint2(0, 0);
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) pairs[i] = load_shared4(codes + i * (2 * ROW_BYTES));
-    const int odd = lane >> 2 & 1;  // row r: its pair has changed blocks over
-    if (BITS & 1) single = load_shared2((codes ^ odd * 64) + (BITS - 1) * ROW_BYTES - odd * (ROW_BYTES - 8));
+    if (BITS & 1) single = load_lone<BITS>(codes, lane);
     if constexpr (by_number(BITS, GRID)) by_numbers(layer, pairs, records, lane);
     else by_levels(layer, pairs, single, records, lane);
   }
@@ -64,8 +63,7 @@ template <int BITS, int GRID, int H> struct Weights {
     steps[0] = __low2half2(both), steps[1] = __high2half2(both);
     zeros[0] = zeros[1] = __float2half2_rn(0.5f * ((1 << BITS) - 1));
     if (layer.offsets) {
-      uint16_t points;
-      asm volatile("ld.shared.u16 %0, [%1];" : "=h"(points) : "r"(record + 32 - (lane >> 2) * 2));
+      const uint16_t points = load_points(record, lane);
       zeros[0] = __half2half2(__ushort2half_rn(points & 0xff)), zeros[1] = __half2half2(__ushort2half_rn(points >> 8));
     }
   }
@@ -151,11 +149,7 @@ template <int BITS, int GRID, int H> struct Weights {
     for (int v = 0; v < 2; v++) {  // words 2 v and 2 v + 1
       uint32_t nibbles[2][2];      // [word][input of a pair]: rows r and r + 8, four pairs each
 #pragma unroll
-      for (int w = 0; w < 2; w++) {
-        const uint32_t twos = word(pairs[0], 2 * v + w), ones = word(pairs[1], 2 * v + w);
-        nibbles[w][0] = (twos << 1 & 0xaaaaaaaau) | (ones & 0x55555555u);
-        nibbles[w][1] = (twos & 0xaaaaaaaau) | (ones >> 1 & 0x55555555u);
-      }
+      for (int w = 0; w < 2; w++) to_nibbles(word(pairs[0], 2 * v + w), word(pairs[1], 2 * v + w), nibbles[w]);
 #pragma unroll
       for (int row = 0; row < 2; row++) {
         if (row == 0 && (H < BLOCK || v == 0)) load_steps(layer, records[v * 64 / H], lane, steps, zeros);

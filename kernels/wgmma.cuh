@@ -1,4 +1,4 @@
-// Products of a warpgroup (wgmma, on Hopper), and what feeds them.
+// Products of a warpgroup (wgmma, on Hopper), and the parts of packed weights from which either way makes what they take.
 #pragma once
 #include "layout.cuh"
 
@@ -31,52 +31,63 @@ __device__ __forceinline__ uint32_t permute(uint32_t x, uint32_t y, uint32_t sel
   return v;
 }
 
+// Two words of a lone plane. codes: those of a pair of planes, which in odd rows has changed its blocks over.
+template <int BITS> __device__ __forceinline__ uint2 load_lone(uint32_t codes, int lane) {
+  const int odd = lane >> 2 & 1;
+  return load_shared2((codes ^ odd * 64) + (BITS - 1) * ROW_BYTES - odd * (ROW_BYTES - 8));
+}
+// Zero points of rows r (low byte) and r + 8. record: of the tile, at row r in fields of 4 bytes a row.
+__device__ __forceinline__ uint16_t load_points(uint32_t record, int lane) {
+  uint16_t points;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(points) : "r"(record + 32 - (lane >> 2) * 2));
+  return points;
+}
+// Numbers of 4 bits, of the first and the second inputs of pairs, from words of the planes 2 and 0 and of 3 and 1.
+__device__ __forceinline__ void to_nibbles(uint32_t twos, uint32_t ones, uint32_t (&nibbles)[2]) {
+  nibbles[0] = (twos << 1 & 0xaaaaaaaau) | (ones & 0x55555555u);
+  nibbles[1] = (twos & 0xaaaaaaaau) | (ones >> 1 & 0x55555555u);
+}
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Numbers of d, as operands of the kind C, and their places; IMMEDIATES is what follows the operands of a type.
+#define FOUR(C, i) "+" C(d[i]), "+" C(d[i + 1]), "+" C(d[i + 2]), "+" C(d[i + 3])
+#define SIXTEEN(C, i) FOUR(C, i), FOUR(C, i + 4), FOUR(C, i + 8), FOUR(C, i + 12)
+#define PLACES8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define PLACES16 PLACES8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define PLACES32 PLACES16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define PRODUCT(TYPE, IMMEDIATES, SUMS, STORED, TABLE, FORM, ADD, ...)                                                      \
+  asm volatile("{ .reg .pred p; .reg .b64 t; setp.ne.b32 p, " ADD ", 0; mov.b64 t, {" TABLE ", " FORM "};\n"                \
+               "wgmma.mma_async.sync.aligned." TYPE " {" SUMS "}, {" STORED "}, t, p" IMMEDIATES "; }"                      \
+               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(table), "r"(form), "r"(add))
+#define PRODUCT8(TYPE, IMMEDIATES, C) \
+  PRODUCT(TYPE, IMMEDIATES, PLACES8, "%8,%9,%10,%11", "%12", "%13", "%14", FOUR(C, 0), FOUR(C, 4))
+#define PRODUCT16(TYPE, IMMEDIATES, C) \
+  PRODUCT(TYPE, IMMEDIATES, PLACES16, "%16,%17,%18,%19", "%20", "%21", "%22", SIXTEEN(C, 0))
+#define PRODUCT32(TYPE, IMMEDIATES, C) \
+  PRODUCT(TYPE, IMMEDIATES, PLACES32, "%32,%33,%34,%35", "%36", "%37", "%38", SIXTEEN(C, 0), SIXTEEN(C, 16))
 
 // d += a x for 64 rows, 16 inputs and N rows of x. `table`, `form`: low and high word of the descriptor of x.
 template <int N> __device__ __forceinline__ void multiply(float* d, const uint32_t* a, uint32_t table, uint32_t form, int add) {
-#define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
-#define PRODUCT(SHAPE, SUMS, STORED, TABLE, FORM, ADD, ...)                                                                 \
-  asm volatile("{ .reg .pred p; .reg .b64 t; setp.ne.b32 p, " ADD ", 0; mov.b64 t, {" TABLE ", " FORM "};\n"                \
-               "wgmma.mma_async.sync.aligned." SHAPE ".f32.f16.f16 {" SUMS "}, {" STORED "}, t, p, 1, 1, 0; }"              \
-               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(table), "r"(form), "r"(add))
-  if constexpr (N == 16) {
-    PRODUCT("m64n16k16", "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12", "%13", "%14", FOUR(0), FOUR(4));
-  } else if constexpr (N == 32) {
-    PRODUCT("m64n32k16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20", "%21", "%22",
-            SIXTEEN(0));
-  } else {
-    PRODUCT("m64n64k16",
-            "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-            "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31",
-            "%32,%33,%34,%35", "%36", "%37", "%38", SIXTEEN(0), SIXTEEN(16));
-  }
-#undef FOUR
-#undef SIXTEEN
-#undef PRODUCT
+  if constexpr (N == 16) PRODUCT8("m64n16k16.f32.f16.f16", ", 1, 1, 0", "f");
+  else if constexpr (N == 32) PRODUCT16("m64n32k16.f32.f16.f16", ", 1, 1, 0", "f");
+  else PRODUCT32("m64n64k16.f32.f16.f16", ", 1, 1, 0", "f");
 }
 // The same for 32 inputs, bytes times digits: N columns of integers.
 template <int N> __device__ __forceinline__ void multiply_bytes(int* d, const uint32_t* a, uint32_t table, uint32_t form, int add) {
-#define FOUR(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
-#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
-#define PRODUCT(SHAPE, SUMS, STORED, TABLE, FORM, ADD, ...)                                                                 \
-  asm volatile("{ .reg .pred p; .reg .b64 t; setp.ne.b32 p, " ADD ", 0; mov.b64 t, {" TABLE ", " FORM "};\n"                \
-               "wgmma.mma_async.sync.aligned." SHAPE ".s32.u8.s8 {" SUMS "}, {" STORED "}, t, p; }"                         \
-               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(table), "r"(form), "r"(add))
-#define SUMS16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define SUMS32 SUMS16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-  if constexpr (N == 32) {
-    PRODUCT("m64n32k32", SUMS16, "%16,%17,%18,%19", "%20", "%21", "%22", SIXTEEN(0));
-  } else {
-    PRODUCT("m64n64k32", SUMS32, "%32,%33,%34,%35", "%36", "%37", "%38", SIXTEEN(0), SIXTEEN(16));
-  }
+  if constexpr (N == 32) PRODUCT16("m64n32k32.s32.u8.s8", "", "r");
+  else PRODUCT32("m64n64k32.s32.u8.s8", "", "r");
+}
 #undef FOUR
 #undef SIXTEEN
+#undef PLACES8
+#undef PLACES16
+#undef PLACES32
 #undef PRODUCT
-#undef SUMS16
-#undef SUMS32
-}
+#undef PRODUCT8
+#undef PRODUCT16
+#undef PRODUCT32
+
 // As descriptors have it; the address of a block in a cluster has its rank in higher bits.
 __device__ __forceinline__ uint32_t descriptor_address(uint32_t at) { return (at & 0x3ffff) >> 4; }
 __device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

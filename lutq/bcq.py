@@ -34,6 +34,11 @@ def patterns(bits: int, device: torch.device) -> torch.Tensor:
     return ((number[:, None] >> torch.arange(bits - 1, -1, -1, device=device)) & 1).bool()
 
 
+def planes_of(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Planes bool [b, ...] of integers or numbers of sign patterns [...], the most significant bit first."""
+    return torch.stack([((numbers >> shift) & 1).bool() for shift in range(bits - 1, -1, -1)])
+
+
 def nearest(w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Planes bool [b, R, g] of the level nearest to each weight, and the quantized weights fp32 [R, g]."""
     bits = scales.shape[0]
@@ -47,9 +52,7 @@ def nearest(w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None)
     for middle in middles.unbind(1):
         below += w >= middle[:, None]
     position = below.long()
-    number = order.to(torch.uint8).gather(1, position)
-    shifts = range(bits - 1, -1, -1)
-    return torch.stack([((number >> shift) & 1).bool() for shift in shifts]), levels.gather(1, position)
+    return planes_of(order.to(torch.uint8).gather(1, position), bits), levels.gather(1, position)
 
 
 def whitened(e: torch.Tensor, whiten: torch.Tensor | None) -> torch.Tensor:

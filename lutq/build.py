@@ -35,6 +35,7 @@ from lutq.paths import shipped
 
 BUNDLED = "lutq_cuda.so"
 UNFINISHED = "unfinished-"
+MOVE_CACHE = "point the environment variable LUTQ_CACHE at a folder of yours"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-Xptxas", "-v", "--threads", "0")
 
 
@@ -167,7 +168,7 @@ def build(
     cache = cache_folder()
     identity = (digest, FLAGS, archs, compiler.text, platform.machine())
     target = cache / f"lutq_cuda-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
-    with writing(cache, "point the environment variable LUTQ_CACHE at a folder of yours"), locked(cache / "lock"):
+    with writing(cache, MOVE_CACHE), locked(cache / "lock"):
         found = read_library(target)
         if found and found not in refused and fault(found, digest) is None:  # another process was faster
             return found
@@ -195,7 +196,7 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            print("lutq: another process is compiling the CUDA kernels; waiting for it ...", file=sys.stderr, flush=True)
+            print("lutq: another process is compiling kernels; waiting for it ...", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -40,8 +40,7 @@ def levels_of(scales: torch.Tensor, offsets: torch.Tensor | None) -> Levels:
 
 def planes_of(positions: torch.Tensor, levels: Levels, bits: int) -> torch.Tensor:
     """Planes bool [b, N, g] of the levels at positions int64 [g, N]."""
-    number = levels.numbers.gather(0, positions).T
-    return torch.stack([((number >> shift) & 1).bool() for shift in range(bits - 1, -1, -1)])
+    return bcq.planes_of(levels.numbers.gather(0, positions).T, bits)
 
 
 def round_columns(
@@ -90,13 +89,14 @@ def round_on_gpu(
     values, middles = levels.values.contiguous(), levels.middles.contiguous()
     q = None if q is None else q.contiguous()
     positions, r = torch.empty_like(wanted, dtype=torch.int64), torch.empty_like(wanted)
+    entry = kernels(wanted.device).lutq_round_columns
     with torch.cuda.device(wanted.device):
         for begin in range(0, g, TILE):
             end = min(begin + TILE, g)
             here = slice(begin, end)
             tile = (wanted[here], None if q is None else q[here], factors[here, here], values, middles, positions[here], r[here])
             pointers = (None if tensor is None else tensor.data_ptr() for tensor in tile)
-            start(kernels(wanted.device).lutq_round_columns, ColumnPass(*pointers, N, end - begin, g, len(values)))
+            start(entry, ColumnPass(*pointers, N, end - begin, g, len(values)))
             if end < g:
                 wanted[end:].addmm_(factors[here, end:].T, r[here], alpha=-1)
     return positions, r

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lutq.build import cache_folder, locked, writing
+from lutq.build import MOVE_CACHE, UNFINISHED, cache_folder, locked, writing
 from lutq.compiler import INSTALL_HOST, host_compiler
 from lutq.errors import LutqError
 from lutq.pack import CHUNK, Packed, group_size, words
@@ -26,7 +26,7 @@ LIMIT = 16  # rows of x; measured on a Xeon with AVX-512
 
 
 class Weights(ctypes.Structure):
-    """`Weights` of kernels/lut_cpu.cpp."""
+    """`Weights` of kernels/lut_cpu.cpp. `tensors` are those behind its addresses."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "offsets", "zero_points")),
@@ -90,11 +90,11 @@ def build(path: Path) -> None:
     compiler = host_compiler()
     if compiler is None:
         raise LutqError(INSTALL_HOST)
-    with writing(path.parent, "point the environment variable LUTQ_CACHE at a folder of yours"), locked(path.parent / "lock"):
+    with writing(path.parent, MOVE_CACHE), locked(path.parent / "lock"):
         if path.is_file():  # another process was faster
             return
         print("lutq: compiling the CPU kernel, once (some seconds) ...", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent, ignore_cleanup_errors=True) as folder:
             made = Path(folder) / path.name
             command = [compiler, *FLAGS, "-o", str(made), str(source())]
             result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace")
@@ -104,22 +104,23 @@ def build(path: Path) -> None:
             made.replace(path)
 
 
-def weights(packed: Packed, group: int, grid: str, K: int) -> tuple[Weights, list[torch.Tensor]]:
-    """Packed tensors as the kernel wants them, and what must live as long."""
+def weights(packed: Packed, group: int, grid: str, K: int) -> Weights:
+    """Packed tensors as the kernel wants them."""
     bits, N, count = packed.codes.shape
     tensors = [None if tensor is None else tensor.contiguous() for tensor in packed]
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     groups, g = packed.scales.shape[-1], group_size(group, K)
-    return Weights(*pointers, N, count, groups, words(g), bits, int(grid == "uniform")), tensors
+    found = Weights(*pointers, N, count, groups, words(g), bits, int(grid == "uniform"))
+    found.tensors = tensors  # which live as long
+    return found
 
 
 def multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, group: int, grid: str) -> torch.Tensor:
     """The product x [..., K] W^T + bias -> [..., N] in the dtype of x, summed in fp32. Raises LutqError as `kernel`."""
     K, N = x.shape[-1], packed.codes.shape[1]
-    w, alive = weights(packed, group, grid, K)
+    w = weights(packed, group, grid, K)
     rows = x.reshape(-1, K).float()
     y = multiply_packed(rows, w) if len(rows) <= LIMIT else multiply_dense(rows, w)
-    del alive
     if bias is not None:
         y += bias
     return y.to(x.dtype).view(*x.shape[:-1], N)

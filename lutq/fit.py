@@ -65,7 +65,7 @@ def recode(W: torch.Tensor, packed: Packed, begin: int, layer: LayerConfig, conf
         zeros = packed.zero_points
         center = torch.full_like(grid[0], (2**layer.bits - 1) / 2) if zeros is None else zeros[here].float().flatten()
         step = grid[0].clamp(min=uniform.SMALLEST_SCALE)  # where it is 0, so is every level
-        planes = planes_of(uniform.round_to_grid(w, step, center, layer.bits).to(torch.uint8), layer.bits)
+        planes = bcq.planes_of(uniform.round_to_grid(w, step, center, layer.bits).to(torch.uint8), layer.bits)
     else:
         offsets = None if packed.offsets is None else packed.offsets[here].float().flatten()
         planes = bcq.greedy_planes(w, grid, offsets) if config.method == "greedy" else bcq.nearest(w, grid, offsets)[0]
@@ -100,16 +100,11 @@ def fit_groups(w: torch.Tensor, bits: int, config: QuantConfig) -> tuple[torch.T
     """Planes bool [b, R, g], scales [b or 1, R] and offsets or zero points [R] for groups w fp32 [R, g]."""
     if config.method == "rtn":
         u, scales, zero_points = uniform.rtn(w, bits, config.symmetric, config.clip)
-        return planes_of(u, bits), scales[None], zero_points
+        return bcq.planes_of(u, bits), scales[None], zero_points
     if config.method == "greedy":
         return bcq.greedy(w, bits, config.offsets)
     search = (config.start, config.iterations, config.tolerance)
     return bcq.alternating(w, bits, config.offsets, *search)
-
-
-def planes_of(u: torch.Tensor, bits: int) -> torch.Tensor:
-    """Planes bool [b, R, g] of integers u uint8 [R, g]."""
-    return torch.stack([((u >> (bits - 1 - i)) & 1).bool() for i in range(bits)])
 
 
 def with_corrections(

@@ -98,7 +98,7 @@ def values_of(codes: torch.Tensor, levels: list[torch.Tensor]) -> list[torch.Ten
 def with_codes(fits: Fits, codes: torch.Tensor) -> Fits:
     """Fits of a group with other codes int64 [g, R]."""
     highest = len(fits[-1].planes)
-    planes = torch.stack([((codes.T >> shift) & 1).bool() for shift in range(highest - 1, -1, -1)])
+    planes = bcq.planes_of(codes.T, highest)
     return [fit._replace(planes=planes[: len(fit.planes)]) for fit in fits]
 
 

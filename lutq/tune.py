@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lutq.bench import layer_of
-from lutq.build import writing
+from lutq.build import MOVE_CACHE, writing
 from lutq.config import LayerConfig
 from lutq.cuda import (
     EIGHT,
@@ -70,7 +70,7 @@ def merge(file: Path, name: str, limits: dict[str, Any]) -> None:
             tables = None
     if not isinstance(tables, dict):
         raise LutqError(f"{file} is not a table of row limits: remove it")
-    with writing(file.parent, "point the environment variable LUTQ_CACHE at a folder of yours"):
+    with writing(file.parent, MOVE_CACHE):
         fresh = file.with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps(tables | {name: limits}, indent=1) + "\n", encoding="utf-8")
         fresh.replace(file)
