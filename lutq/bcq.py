@@ -13,11 +13,12 @@ An error e [R, g] is measured as |e|^2, or as |e whiten|^2 with `whiten` [g] (th
 (see lutq/solve.py).
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from lutq import uniform
+from lutq import gpu_fit, uniform
 
 
 class Bcq(NamedTuple):
@@ -26,6 +27,17 @@ class Bcq(NamedTuple):
     planes: torch.Tensor
     scales: torch.Tensor
     offsets: torch.Tensor | None
+
+
+class Best(NamedTuple):
+    """The best grid so far of each group: scales [b, R], offsets [R] or None, and its error [R], changed in place."""
+
+    scales: torch.Tensor
+    offsets: torch.Tensor | None
+    error: torch.Tensor
+
+
+Refitted = Callable[[], Sequence[torch.Tensor | None]]  # scales [b, R], offsets [R] or None
 
 
 def patterns(bits: int, device: torch.device) -> torch.Tensor:
@@ -84,10 +96,12 @@ def refit(
 
 
 def solve(gram: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Solutions [R, n] of the R small positive semidefinite systems gram [R, n, n], target [R, n].
+    """Solutions [R, n] of the R small positive semidefinite systems gram [R, n, n], target [R, n], n <= 5."""
+    return (gpu_fit.solve if gpu_fit.usable(target) else eliminate)(gram, target)
 
-    Elimination unrolled over n <= 5, vectorized over R: a batched library solver calls LAPACK once per system.
-    """
+
+def eliminate(gram: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`solve` by elimination unrolled over n, vectorized over R: a batched library solver calls LAPACK once per system."""
     n = target.shape[1]
     ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
     A = [[gram[:, i, j] + (ridge if i == j else 0) for j in range(n)] for i in range(n)]
@@ -175,27 +189,41 @@ def alternating(
 
     Every iterate is judged as it would be stored, after rounding to fp16, so the result is never worse than a start.
     """
-    best: Bcq | None = None
-    best_error = torch.full_like(w[:, 0], torch.inf)
-    for scales, offsets in starts(w, bits, has_offsets, start, whiten):
+    judge = judge_on_gpu if gpu_fit.usable(w) else judge_grid
+    grids = starts(w, bits, has_offsets, start, whiten)
+    best = Best(*storable(*grids[0]), torch.full_like(w[:, 0], torch.inf))
+    for grid in grids:
         previous = torch.inf
         for iteration in range(iterations + 1):
-            stored_scales, stored_offsets = storable(scales, offsets)
-            planes, q = nearest(w, stored_scales, stored_offsets)
-            error = whitened(w - q, whiten).square().sum(1)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            if best is None:
-                best = Bcq(planes, stored_scales, stored_offsets)
-            else:
-                best = Bcq(
-                    torch.where(better[:, None], planes, best.planes),
-                    torch.where(better, stored_scales, best.scales),
-                    torch.where(better, stored_offsets, best.offsets) if has_offsets else None,
-                )
+            error, refitted = judge(w, *grid, whiten, best)
             total = error.double().sum().item()
             if iteration == iterations or total >= previous * (1 - tolerance):
                 break
             previous = total
-            scales, offsets = refit(planes, w, has_offsets, whiten)
-    return best
+            grid = refitted()
+    return Bcq(nearest(w, best.scales, best.offsets)[0], best.scales, best.offsets)
+
+
+def judge_grid(
+    w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, whiten: torch.Tensor | None, best: Best
+) -> tuple[torch.Tensor, Refitted]:
+    """The error [R] of w fp32 [R, g] on a grid scales [b, R], offsets [R] or None as it would be stored, and what refits it to
+    its codes; where it is the best so far it goes into `best`.
+    """
+    scales, offsets = storable(scales, offsets)
+    planes, q = nearest(w, scales, offsets)
+    error = whitened(w - q, whiten).square().sum(1)
+    better = error < best.error
+    for kept, new in zip(best, (scales, offsets, error), strict=True):
+        if kept is not None:
+            kept.copy_(torch.where(better, new, kept))
+    return error, lambda: refit(planes, w, offsets is not None, whiten)
+
+
+def judge_on_gpu(
+    w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, whiten: torch.Tensor | None, best: Best
+) -> tuple[torch.Tensor, Refitted]:
+    """`judge_grid` by a kernel, which refits at once."""
+    w, scales, offsets, whiten = (t if t is None else t.contiguous() for t in (w, scales, offsets, whiten))
+    error, *refitted = gpu_fit.alternate(w, scales, offsets, whiten, best)
+    return error, lambda: refitted

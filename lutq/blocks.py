@@ -75,6 +75,12 @@ class Blocks:
         """`run` in parts of a few windows [n, L, d]."""
         return torch.cat([self.run(block, i, part) for part in hidden.split(batch_size(hidden))])
 
+    @torch.no_grad()
+    def advance(self, block: torch.nn.Module, i: int, hidden: torch.Tensor) -> None:
+        """`through` in place."""
+        for part in hidden.split(batch_size(hidden)):
+            part.copy_(self.run(block, i, part))
+
     def logits(self, hidden: torch.Tensor, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits [B, L, vocabulary] of what the last block gives [B, L, d], with `vectors` in place of parameters so named."""
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)

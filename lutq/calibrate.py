@@ -1,9 +1,9 @@
 """The calibrated stages of `lutq quantize`: every block is solved and refined in turn, on the outputs of the quantized blocks
 before it; then the whole is distilled.
 
-Results stay in memory for the writer and, block by block, in `calibration/` inside the unfinished output, with the hidden
-states that the next block needs; an interrupted run goes on after its last block, or its last epoch of distilling, and ends
-in the same bits.
+Results stay in memory for the writer and, block by block, in `calibration/` inside the unfinished output, now and then with the
+hidden states that the next block needs; an interrupted run goes on after its last block, or its last epoch of distilling, and
+ends in the same bits.
 """
 
 import dataclasses
@@ -97,10 +97,12 @@ def calibrate(
     walk = Blocks(load_host(path, device), device)
     result = Calibrated(text=calibration.describe(), weighted=config.end_loss)
     hidden = walk.embed(calibration.windows)
-    streams = dict.fromkeys((*config.precisions, ORIGINAL), hidden)
+    streams = {bits: hidden.clone() for bits in (*config.precisions, *([ORIGINAL] if config.tuned else []))}
+    del hidden
     done = store.blocks()
-    if done:
-        streams = {bits: tensor.to(device) for bits, tensor in store.load(f"hidden-{done}").items()}
+    known, kept = store.hidden()
+    if kept:
+        streams = {bits: tensor.to(device) for bits, tensor in kept.items()}
     with tqdm(total=len(walk), unit="block", mininterval=progress_interval()) as bar:
         for i in range(len(walk)):
             digest = block_digest(walk.blocks[i])
@@ -109,11 +111,16 @@ def calibrate(
             walk.blocks[i].to(device, torch.float32)
             if i < done:
                 figures = store.figures(i, digest)
-                kept = store.load(f"block-{i}")
-                install(walk, i, layers, kept["block"])
-                scales = kept["scales"]
+                if i >= known and config.tuned:
+                    walk.advance(walk.blocks[i], i, streams[ORIGINAL])
+                state = store.load(f"block-{i}")
+                install(walk, i, layers, state["block"])
+                scales = state["scales"]
+                for bits in config.precisions if i >= known else ():
+                    run_at(walk.blocks[i], bits)
+                    walk.advance(walk.blocks[i], i, streams[bits])
             else:
-                figures, streams, scales = calibrate_block(walk, i, streams, layers, weights, config, bar)
+                figures, scales = calibrate_block(walk, i, streams, layers, weights, config, bar)
                 store.finish_block(i, digest, figures, {"block": walk.blocks[i].state_dict(), "scales": scales}, streams)
             result.errors |= {name: tuple(pair) for name, pair in figures.items()}
             result.add(walk.blocks[i], f"{walk.name(i)}.")
@@ -174,16 +181,16 @@ def calibrate_block(
     weights: dict[str, torch.Tensor],
     config: QuantConfig,
     bar: tqdm,
-) -> tuple[dict[str, tuple[float, float]], dict[int, torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, tuple[float, float]], dict[str, torch.Tensor]]:
     """Solve and refine block i, which afterwards holds `Tunable` layers.
 
-    streams: the hidden states [n, L, d] before it at each precision, of the quantized blocks, and at `ORIGINAL` of the original
-    ones. weights: see `hessians`. Returns the figures of its layers, the hidden states behind it, and the scales that were
-    folded into it.
+    streams: the hidden states [n, L, d] before it at each precision, of the quantized blocks, and, where anything is tuned, at
+    `ORIGINAL` of the original ones; they become those behind it. weights: see `hessians`. Returns the figures of its layers
+    and the scales that were folded into it.
     """
     block, prefix = walk.blocks[i], walk.name(i)
-    tuned = config.refine > 0 or config.distill > 0
-    behind = {ORIGINAL: walk.through(block, i, streams[ORIGINAL]) if tuned else streams[ORIGINAL]}
+    if config.tuned:
+        walk.advance(block, i, streams[ORIGINAL])
     figures: dict[str, tuple[float, float]] = {}
     hidden = streams[config.bits]
     inputs = {bits: hessian_part(streams[bits]) for bits in config.precisions}
@@ -202,16 +209,16 @@ def calibrate_block(
             for name, linear, layer, W, (packed, before, after) in zip(alike, linears, settings, Ws, solved, strict=True):
                 figures[f"{prefix}.{name}"] = before, after
                 say(f"{prefix}.{name}  output error {before:.4f} -> {after:.4f}")
-                tunable = Tunable(packed, W.shape[1], layer, linear.bias, W if config.flips and tuned else None)
+                tunable = Tunable(packed, W.shape[1], layer, linear.bias, W if config.flips and config.tuned else None)
                 block.set_submodule(name, tunable.requires_grad_(requires_grad=False))
     for bits in config.precisions:
         run_at(block, bits)
         if config.refine and (any(tunables(block)) or not config.lowest_bits):  # vectors alone are of all precisions
-            first, best = refine_block(walk, i, streams[bits], behind[ORIGINAL], config)
+            first, best = refine_block(walk, i, streams[bits], streams[ORIGINAL], config)
             say(f"{prefix}  block error {first:.4f} -> {best:.4f}{config.at(bits)}")
         store_rounded(block)
-        behind[bits] = walk.through(block, i, streams[bits])
-    return figures, behind, scales
+        walk.advance(block, i, streams[bits])
+    return figures, scales
 
 
 def damped_hessians(

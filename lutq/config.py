@@ -241,6 +241,11 @@ class QuantConfig:
         """Bits of the models that a checkpoint with the same bits in every layer serves."""
         return range(self.lowest_bits or self.bits, self.bits + 1)
 
+    @property
+    def tuned(self) -> bool:
+        """Whether anything is tuned to what the original model computes."""
+        return self.refine > 0 or self.distill > 0
+
     def at(self, bits: int) -> str:
         """Which of several precisions a figure is of, in words; nothing where there is one."""
         return f" at {bits} bits" if self.lowest_bits else ""

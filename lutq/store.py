@@ -1,10 +1,14 @@
 """Where an unfinished calibrated run keeps what its next block, or its next epoch, needs.
 
 A state is a file that `torch.save` wrote, put in place whole. The journal says which blocks are done.
+
+The hidden states behind a block are far larger than the block, and finished blocks make them anew, so they are kept only now
+and then.
 """
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import torch
 from lutq.journal import Journal, StaleRunError
 
 FOLDER = "calibration"
+APART = 60  # seconds at least between two times that hidden states are kept
 
 
 class Store:
@@ -22,6 +27,7 @@ class Store:
         self.folder, self.journal = folder, journal
         folder.mkdir(exist_ok=True)
         self.records = {record["unit"]: record for record in journal.records}
+        self.kept = time.monotonic()  # hidden states, or all that this run began with
 
     def blocks(self) -> int:
         """How many blocks, from the first on, earlier runs finished."""
@@ -31,11 +37,18 @@ class Store:
         return done
 
     def finish_block(self, i: int, digest: str, figures: dict[str, Any], state: Any, hidden: Any) -> None:
-        """Keep the state of block i and the hidden states behind it; from now on it is done."""
+        """Keep the state of block i, which from now on is done, and, if it is time, the hidden states behind it."""
         self.save(f"block-{i}", state)
-        self.save(f"hidden-{i + 1}", hidden)
         self.journal.add({"unit": f"block {i}", "sha256": digest, "figures": figures})
-        (self.folder / f"hidden-{i}").unlink(missing_ok=True)
+        if time.monotonic() - self.kept >= APART:
+            self.save(f"hidden-{i + 1}", hidden)
+            for earlier in range(i + 1):
+                (self.folder / f"hidden-{earlier}").unlink(missing_ok=True)
+            self.kept = time.monotonic()
+
+    def hidden(self) -> tuple[int, Any]:
+        """The last hidden states that were kept, and the number of the block that they enter; 0 and None without any."""
+        return next(((i, state) for i in range(self.blocks(), 0, -1) if (state := self.load(f"hidden-{i}"))), (0, None))
 
     def figures(self, i: int, digest: str) -> dict[str, Any]:
         """Figures of a block that is done. Raises StaleRunError if it was made from other weights than those of `digest`."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lutq import bcq
+from lutq import bcq, gpu_fit
 from lutq.config import LayerConfig
 from lutq.pack import (
     EIGHT_BIT,
@@ -38,6 +38,29 @@ from lutq.scales import grown, nearest, spread
 MARGIN = 0.02  # of the distance of two levels that a latent weight keeps from the middle between them at the start
 
 
+def dense(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, group: int, x: torch.Tensor) -> torch.Tensor:
+    """W [N, K] of codes and a grid, in the dtype of x [..., K]."""
+    K = x.shape[-1]
+    if x.dtype == torch.float32 and gpu_fit.usable(scales):
+        return gpu_fit.make_weights(codes, scales, offsets, K, group_size(group, K))
+    return dequantize(codes, scales, offsets, None, group, "bcq", K, x.dtype)
+
+
+def grid_gradients(
+    codes: torch.Tensor, dW: torch.Tensor, group: int, has_offsets: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of scales [b, N, G] and offsets [N, G], None for none, from that of W, fp32 [N, K]: a scale's is the sum over its
+    group of dW times its plane's signs.
+    """
+    K = dW.shape[1]
+    g = group_size(group, K)
+    if gpu_fit.usable(dW):
+        return gpu_fit.grid_gradients(codes, dW, -(-K // g), g, has_offsets)
+    per_group = F.pad(dW, (0, -K % g)).unflatten(1, (-1, g))
+    dscales = [(per_group * F.pad(signs(plane, K), (0, -K % g)).unflatten(1, (-1, g))).sum(2) for plane in codes]
+    return torch.stack(dscales), per_group.sum(2) if has_offsets else None
+
+
 class Product(torch.autograd.Function):
     """y = x W^T for the W that codes, scales [b, N, G], offsets [N, G] or None and corrections, which are fixed, stand for; W is
     made anew in the backward pass, so that no layer keeps one.
@@ -57,22 +80,16 @@ class Product(torch.autograd.Function):
         """Map x [..., K] to y [..., N]."""
         ctx.group, ctx.residual = group, residual
         ctx.save_for_backward(x, codes, scales, offsets)
-        return F.linear(x, add_to(dequantize(codes, scales, offsets, None, group, "bcq", x.shape[-1], x.dtype), residual))
+        return F.linear(x, add_to(dense(codes, scales, offsets, group, x), residual))
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, scales, offsets, latent: a scale's is the sum over its group of dW times its plane's signs."""
+        """Gradients of x, scales, offsets and latent."""
         x, codes, scales, offsets = ctx.saved_tensors
-        K = x.shape[-1]
-        g = group_size(ctx.group, K)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ add_to(dequantize(codes, scales, offsets, None, ctx.group, "bcq", K, dy.dtype), ctx.residual)
+        dx = dy @ add_to(dense(codes, scales, offsets, ctx.group, x), ctx.residual) if ctx.needs_input_grad[0] else None
         dW = (dy.flatten(0, -2).T @ x.flatten(0, -2)).float()
-        per_group = F.pad(dW, (0, -K % g)).unflatten(1, (-1, g))
-        dscales = [(per_group * F.pad(signs(plane, K), (0, -K % g)).unflatten(1, (-1, g))).sum(2) for plane in codes]
-        doffsets = None if offsets is None else per_group.sum(2)
-        return dx, None, torch.stack(dscales), doffsets, dW if ctx.needs_input_grad[4] else None, None, None
+        dscales, doffsets = grid_gradients(codes, dW, ctx.group, offsets is not None)
+        return dx, None, dscales, doffsets, dW if ctx.needs_input_grad[4] else None, None, None
 
 
 class Rounding(torch.autograd.Function):
@@ -187,6 +204,10 @@ class Tunable(torch.nn.Module):
     @torch.no_grad()
     def follow(self) -> None:
         """Give every code the level nearest to its latent weight."""
+        if gpu_fit.usable(self.latent):
+            grid = self._stored("scales"), None if self.offsets is None else self._stored("offsets")
+            self.codes = gpu_fit.nearest_codes(self.latent, *grid, group_size(self.layer.group, self.K))
+            return
         planes, _ = bcq.nearest(self._groups(self.latent), *self._grids())
         self.codes = pack_bits(self._ungroup(planes))
 

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-SHRINKS = 41  # clipping ranges tried: 1, 0.98 .. 0.2 of the whole range
+from lutq import gpu_fit
+
+SHRINKS, LOWEST = 41, 0.2  # clipping ranges tried: 1, 0.98 .. 0.2 of the whole range
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16
 
 
@@ -32,6 +34,18 @@ def rtn(w: torch.Tensor, bits: int, symmetric: bool = False, clip: bool = True, 
     w: fp32 [R, g]. clip: try `SHRINKS` clipping ranges and keep, per group, the one of the least squared error (the whole
     range is one of them); otherwise keep the whole range. whiten: [g], factors of each input's error.
     """
+    search = gpu_fit.search_grid if gpu_fit.usable(w) else search_grid
+    scales, center = search(w, bits, symmetric, SHRINKS if clip else 1, LOWEST, whiten)
+    u = round_to_grid(w, scales, center, bits).to(torch.uint8)
+    return Uniform(u, scales, None if symmetric else center)
+
+
+def search_grid(
+    w: torch.Tensor, bits: int, symmetric: bool, ranges: int, lowest: float, whiten: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the grids whose range is 1 .. `lowest` of the whole range of w [R, g], so many of them, the best one's scales and
+    center, both [R].
+    """
     steps = 2**bits - 1
     if symmetric:
         high = w.abs().amax(1)
@@ -40,7 +54,7 @@ def rtn(w: torch.Tensor, bits: int, symmetric: bool = False, clip: bool = True, 
         low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
     best_error = torch.full_like(low, torch.inf)
     best_scales, best_center = torch.zeros_like(low), torch.zeros_like(low)
-    for shrink in torch.linspace(1.0, 0.2, SHRINKS).tolist() if clip else [1.0]:
+    for shrink in torch.linspace(1.0, lowest, ranges).tolist():
         scales = ((high - low) * (shrink / steps)).clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
         center = torch.full_like(low, steps / 2) if symmetric else torch.round(-low * shrink / scales).clamp_(0, steps)
         u = round_to_grid(w, scales, center, bits)
@@ -50,8 +64,7 @@ def rtn(w: torch.Tensor, bits: int, symmetric: bool = False, clip: bool = True, 
         best_error = torch.where(better, error, best_error)
         best_scales = torch.where(better, scales, best_scales)
         best_center = torch.where(better, center, best_center)
-    u = round_to_grid(w, best_scales, best_center, bits).to(torch.uint8)
-    return Uniform(u, best_scales, None if symmetric else best_center)
+    return best_scales, best_center
 
 
 def bcq_grid(uniform: Uniform, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from lutq.bcq import alternating
 from lutq.columns import levels_of, round_on_gpu
 from lutq.config import LayerConfig
 from lutq.cuda import (
@@ -34,6 +35,8 @@ from lutq.decode.steps import FUNCTIONS, Kernels, Plan
 from lutq.decode.weights import Norm
 from lutq.parallel.inboxes import Inboxes, inbox_bytes
 from lutq.trial import random_packed
+from lutq.tunable import Tunable
+from lutq.uniform import rtn
 
 # Every mode of every kernel.
 MATRIX = (
@@ -211,9 +214,29 @@ def columns(device: torch.device) -> int:
     return cases
 
 
+def fits(device: torch.device) -> int:
+    """Run the fits without data, the small systems of the calibrated one, and layers that are tuned; how many times."""
+    cases = 0
+    for bits, (N, K, group) in itertools.product((1, 2, 3, 4), ((1, 1, 0), (33, 1100, 128), (5, 70, 0))):
+        layer = LayerConfig(bits, group, "bcq", True)
+        with torch.inference_mode(mode=False):
+            packed = random_packed(N, K, layer, device)
+            tunable = Tunable(packed, K, layer, None, torch.randn(N, K, device=device)).to(device)
+            tunable(torch.randn(2, K, device=device)).sum().backward()
+        cases += 1
+    for bits, (R, g), weighed in itertools.product((1, 2, 3, 4), ((1, 1), (9, 40), (300, 128)), (False, True)):
+        w, whiten = torch.randn(R, g, device=device), torch.rand(g, device=device) if weighed else None
+        for has_offsets in (False, True):
+            alternating(w, bits, has_offsets, "best", 2, whiten=whiten)
+            cases += 1
+        rtn(w, bits, True, whiten=whiten)
+        cases += 1
+    return cases
+
+
 def parts() -> dict[str, Callable[[torch.device], int]]:
     """Name of a part -> what runs its cases and says how many there are."""
-    found: dict[str, Callable[[torch.device], int]] = {"columns": columns}
+    found: dict[str, Callable[[torch.device], int]] = {"columns": columns, "fits": fits}
     for bits in (1, 2, 3, 4):
         found[f"products-{bits}"] = functools.partial(products, bits=bits)
         found[f"one_row-{bits}"] = functools.partial(one_row, bits=bits)

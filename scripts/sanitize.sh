@@ -10,13 +10,13 @@ python=${PYTHON:-python3}
 tools=("${@:2}")
 [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck initcheck synccheck)
 regexes=()
-for name in lut_gemm lut_gemv fused_gemm dequantize decode columns; do regexes+=(--kernel-regex "kns=$name"); done
+for name in lut_gemm lut_gemv fused_gemm dequantize decode columns fit_; do regexes+=(--kernel-regex "kns=$name"); done
 {
   date -u +%Y-%m-%d
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
   compute-sanitizer --version | tail -n 1
 } >>"$out"
-parts=(columns small_kernels sums_over_ranks attention)
+parts=(columns fits small_kernels sums_over_ranks attention)
 for bits in 1 2 3 4; do parts+=("products-$bits" "one_row-$bits"); done
 report() {
   for part in "${parts[@]}"; do

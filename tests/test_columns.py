@@ -1,13 +1,9 @@
 """Codes of one input after the other: by torch against plain sums in float64, and the tiles of the GPU on a stand-in."""
 
-import contextlib
-import ctypes
-from types import SimpleNamespace
-
 import pytest
 import torch
+from stand_in import at, fields_in_source, install
 
-import lutq.cuda
 from lutq.bcq import storable
 from lutq.columns import TILE, ColumnPass, levels_of, planes_of, round_columns, round_on_gpu
 
@@ -49,15 +45,6 @@ def test_every_code_is_nearest_to_what_is_left(bits, g, start):
     assert planes.shape == (bits, 30, g)
 
 
-def at(address, dtype, rows, columns, stride):
-    """A matrix over memory, as a kernel would see it; None at no address."""
-    if not address:
-        return None
-    count = (rows - 1) * stride + columns
-    flat = torch.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype=dtype)
-    return flat.as_strided((rows, columns), (stride, 1))
-
-
 class StandIn:
     """The kernel by `round_columns`, from the same pointers."""
 
@@ -85,9 +72,7 @@ class StandIn:
 def stand_in(monkeypatch):
     """A StandIn in the place of the library, on the CPU."""
     library = StandIn()
-    monkeypatch.setattr(lutq.cuda, "kernels", lambda device: library)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(cuda_stream=0))
+    install(monkeypatch, library)
     return library
 
 
@@ -108,9 +93,4 @@ def test_tiles_of_the_gpu(stand_in, bits, g, start):
 
 def test_arguments_are_those_of_the_source():
     """`ColumnPass` has the fields of kernels/columns.cu in their order."""
-    from lutq.paths import shipped
-
-    text = (shipped("kernels") / "columns.cu").read_text().split("struct ColumnPass {")[1].split("};")[0]
-    code = "".join(line.split("//")[0] for line in text.splitlines())
-    names = [name.strip(" *").split()[-1].strip("*") for part in code.split(";") for name in part.split(",") if name.strip()]
-    assert names == [name for name, *_ in ColumnPass._fields_]
+    assert fields_in_source("columns.cu", "ColumnPass") == [name for name, *_ in ColumnPass._fields_]

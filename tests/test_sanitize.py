@@ -122,7 +122,7 @@ echo "$part: 24 cases"
 """
 
 PRODUCTS = [f"{name}-{bits}" for bits in (1, 2, 3, 4) for name in ("products", "one_row")]
-PARTS = ["columns", "small_kernels", "sums_over_ranks", "attention", *PRODUCTS]
+PARTS = ["columns", "fits", "small_kernels", "sums_over_ranks", "attention", *PRODUCTS]
 REPORT = "".join(f"========= of {{tool}}\n{part}: 24 cases\n" for part in PARTS)
 
 
