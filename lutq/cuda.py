@@ -7,11 +7,10 @@ Which kernel runs is decided here, by M (rows of x) and dtype:
     M <= 4                  lut_gemm with split tables on the sparse tensor cores: relative error below 2e-6
     M <= 8                  lut_gemm with rounded tables: below 5e-4
     M <= rows_limit         on GPUs of compute capability 9.0 fused_gemm, which rounds weights to fp16, 64 rows at a time: below
-                            5e-4. On others lut_gemm, 8 rows at a time
+                            5e-4. On others lut_gemm, 8 rows at a time. Where `lutq bench kernel --tune` found it faster,
+                            fused_gemm rounds x to integers of 16 bits instead (kernels/digits.cuh), for up to 32 rows: below 5e-4
     above                   W is dequantized to fp16 (rounded once), a slice at a time, for an ordinary matrix product
 
-Where `lutq bench kernel --tune` found it faster, fused_gemm takes 5 to 32 rows and rounds x instead, to integers of 16 bits
-(kernels/digits.cuh): below 5e-4.
 For fp32 x, and below 1024 inputs, where few roundings average out, lut_gemm with split tables takes 4 rows at a time instead.
 Layers of 8 bits are layers of 4 with twice as many inputs (lutq/eight.py).
 Weights that fp16 does not hold (`wide`) never go through fp16, nor do those of small layers above rows_limit, nor fp32 x.
@@ -327,7 +326,7 @@ def tables() -> dict[str, Any]:
 
 @functools.cache
 def digits_pay(name: str, grid: str, bits: int, rows: int) -> bool:
-    """Whether x as digits is faster on this GPU, for EIGHT rows or in a mode of FUSED; measured as `rows_limit`."""
+    """Whether fused_gemm is faster on this GPU with x as digits, in a mode of FUSED; measured as `rows_limit`."""
     return rows in tables().get(name, {}).get("digits", {}).get(f"{bits}-bit {grid}", ())
 
 
@@ -449,14 +448,10 @@ def lut_mode(x: torch.Tensor) -> int:
 def multiply_packed(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> None:
     """Fill y [M, N], contiguous, by lut_gemv, lut_gemm or fused_gemm on the current device, as many rows at a time as fit."""
     found, gpu, mode, x = kernels(x.device), properties(x.device), lut_mode(x), aligned(x)
-    digits = False
-    fused = fits_fused(mode, ready, gpu)
+    fused = x.shape[0] > EIGHT and fits_fused(mode, ready, gpu)
     if fused:
-        rows = next((rows for rows in FUSED if x.shape[0] <= rows), FUSED[-1])
-        few = x.shape[0] <= EIGHT
-        digits = takes_digits(layer, rows) and digits_pay(gpu.name, layer.grid, layer.bits, EIGHT if few else rows)
-        fused = digits or not few
-        mode = rows if fused else mode
+        mode = next((rows for rows in FUSED if x.shape[0] <= rows), FUSED[-1])
+    digits = fused and takes_digits(layer, mode) and digits_pay(gpu.name, layer.grid, layer.bits, mode)
     for begin in range(0, x.shape[0], mode):
         part = slice(begin, begin + mode)
         a = arguments(x[part], ready, bias, y[part], layer)

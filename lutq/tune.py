@@ -19,7 +19,6 @@ from lutq.bench import layer_of
 from lutq.build import MOVE_CACHE, writing
 from lutq.config import LayerConfig
 from lutq.cuda import (
-    EIGHT,
     FUSED,
     GRIDS,
     Prepacked,
@@ -33,7 +32,6 @@ from lutq.cuda import (
     properties,
     rows_limit,
     run_fused,
-    run_lut,
     takes_digits,
     user_table,
 )
@@ -88,9 +86,7 @@ def measure(ready: list[Prepacked], layer: LayerConfig, M: int, repeats: int) ->
 
 
 def measure_digits(ready: list[Prepacked], layer: LayerConfig, rows: int, repeats: int) -> tuple[float, float]:
-    """Us of one product with `rows` rows in fp16, EIGHT or a mode of FUSED (by digits, otherwise). The layer is given as its
-    copies.
-    """
+    """Us of fused_gemm with `rows` rows in fp16 (by digits, by weights in fp16). The layer is given as its copies."""
     device, n = ready[0].codes.device, len(ready)
     found, gpu = kernels(device), properties(device)
     x = aligned(torch.randn(rows, K, dtype=torch.float16, device=device))
@@ -98,29 +94,25 @@ def measure_digits(ready: list[Prepacked], layer: LayerConfig, rows: int, repeat
     count = launches(rows, expected_us(traffic(N, K, rows, layer), rows, N, K), n)
 
     def launch(i: int, digits: bool) -> None:
-        a = arguments(x, ready[i % n], None, y, layer)
-        if digits or rows > EIGHT:
-            run_fused(found, a, max(rows, FUSED[0]), layer, gpu, digits)
-        else:
-            run_lut(found, a, EIGHT, gpu)
+        run_fused(found, arguments(x, ready[i % n], None, y, layer), rows, layer, gpu, digits)
 
     times = [time_graph(lambda i, digits=digits: launch(i, digits), count, repeats).us for digits in (True, False)]
     return times[0], times[1]
 
 
 def tune_digits(gpu: torch.device, repeats: int, echo: Callable[[str], Any]) -> dict[str, list[int]]:
-    """For how many rows, EIGHT or a mode of FUSED, digits are faster: "4-bit uniform" -> rows. Prints the times."""
+    """The modes of FUSED in which digits are faster: "4-bit uniform" -> rows. Prints the times."""
     faster: dict[str, list[int]] = {}
     for bits, grid in itertools.product(BITS, GRIDS):
         layer = LayerConfig(bits, GROUP, grid)
-        modes = [rows for rows in (EIGHT, *FUSED) if takes_digits(layer, max(rows, FUSED[0]))]
+        modes = [rows for rows in FUSED if takes_digits(layer, rows)]
         if not modes:
             continue
         ready = cold_copies(prepack(random_packed(N, K, layer, gpu), layer))
         for rows in modes:
-            digits, otherwise = measure_digits(ready, layer, rows, repeats)
-            echo(f"{bits}-bit {grid}, {rows} rows: {digits:.1f} by digits of x, {otherwise:.1f} otherwise")
-            if digits < otherwise:
+            digits, weights = measure_digits(ready, layer, rows, repeats)
+            echo(f"{bits}-bit {grid}, {rows} rows: {digits:.1f} by digits of x, {weights:.1f} by weights in fp16")
+            if digits < weights:
                 faster.setdefault(f"{bits}-bit {grid}", []).append(rows)
     return faster
 

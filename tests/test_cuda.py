@@ -890,24 +890,21 @@ def test_up_to_how_many_rows(stand_in, monkeypatch, limit, most):
 
 def test_where_digits_pay(stand_in, monkeypatch):
     """For whole multiples of 128 and few rows, and where they were measured to; a row of x then has one mode as otherwise."""
-    monkeypatch.setattr(lutq.cuda, "digits_pay", lambda name, grid, bits, rows: bits != 2 and (bits, rows) != (3, 8))
+    monkeypatch.setattr(lutq.cuda, "digits_pay", lambda name, grid, bits, rows: (bits, rows) != (2, 16))
     few, all_rows = {16: "digits"}, dict.fromkeys((16, 32, 64), "fused_gemm")
-    eight = {5: "digits", 8: "digits", 9: "digits"}
     for layer, expected in (
         (LayerConfig(3, 128), all_rows | few),
         (LayerConfig(3, 128, "uniform"), all_rows | few),
         (LayerConfig(4, 0, "uniform"), all_rows | few | {32: "digits"}),
-        (LayerConfig(4, 256, "uniform"), all_rows | few | eight | {32: "digits", 1: "lut_gemm", 4: "lut_gemm"}),
-        (LayerConfig(3, 256), {8: "lut_gemm", 9: "digits"}),
-        (LayerConfig(2, 128), all_rows | {8: "lut_gemm"}),
+        (LayerConfig(4, 256, "uniform"), all_rows | few | {32: "digits"}),
+        (LayerConfig(2, 128), all_rows),
         (LayerConfig(3, 64), all_rows),
         (LayerConfig(4, 128), all_rows),
     ):
         ready = prepack(random_packed(33, FEW_INPUTS, layer), layer)
-        for M, kernel in expected.items():
-            calls = launches_of(stand_in, torch.ones(M, FEW_INPUTS).half(), ready, layer)
-            modes = (1, 4, 8) if kernel == "lut_gemm" else FUSED
-            assert calls == [(kernel, next(mode for mode in modes if mode >= M), M)], f"{layer=} {M=} {calls=}"
+        for mode, kernel in expected.items():
+            calls = launches_of(stand_in, torch.ones(mode, FEW_INPUTS).half(), ready, layer)
+            assert calls == [(kernel, mode, mode)], f"{layer=} {mode=} {calls=}"
 
 
 def test_a_mode_has_one_plan(stand_in):
