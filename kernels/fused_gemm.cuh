@@ -1,8 +1,7 @@
 // y = x W^T + bias for up to 64 rows of x on Hopper: W is dequantized in registers and goes from there to the tensor cores.
 //
 // A product (wgmma, m64nNk16) takes W from registers, as fp16 rounded once (fused_weights.cuh), and x from shared memory, exactly
-// (bf16 x is brought to fp16 by a power of two per row and unit). It is asynchronous: other warps make weights while it runs. Or
-// x is rounded to digits of integers, and W is bytes (digits.cuh).
+// (bf16 x is brought to fp16 by a power of two per row and unit). It is asynchronous: other warps make weights while it runs.
 //
 // A block has the rows of some panels (64 rows) and the inputs of its rank in the cluster. Its warps have three trades:
 //
@@ -13,10 +12,7 @@
 // The order is slab, n_groups panels, k_groups items, panel. The sums of a panel rest in shared memory between slabs. In the end
 // they are added over k_groups and then over the cluster, always in the same order.
 #pragma once
-#include <type_traits>
-
 #include "barrier.cuh"
-#include "digits.cuh"
 #include "fused_weights.cuh"
 #include "launch.cuh"
 
@@ -30,18 +26,15 @@ struct Plan {  // of a launch; chosen by lutq/cuda.py
 namespace {
 
 constexpr int GROUP_THREADS = 128;
-// Of products, by the registers.
-__host__ __device__ constexpr int most_groups(int N) { return N == 16 ? 4 : N == 32 ? 3 : 2; }
-__host__ __device__ constexpr int most_groups(int N, int bits) { return N == 16 && bits == 4 ? 3 : 2; }  // by digits
+__host__ __device__ constexpr int most_groups(int N) { return N == 16 ? 4 : N == 32 ? 3 : 2; }  // of products, by the registers
 constexpr int KEPT_STRIDE = PANEL + 4;     // floats between two columns of a panel's sums
 constexpr int MOST_STAGES = 24, MOST_SLOTS = 8, BARRIER_BYTES = 16 * (MOST_STAGES + MOST_SLOTS);
-// Of a builder, whose inputs are under way.
-__host__ __device__ constexpr int tasks_ahead(int N, bool digits) { return N == 16 || digits ? 1 : 2; }
+__host__ __device__ constexpr int tasks_ahead(int N) { return N == 16 ? 1 : 2; }  // of a builder, whose inputs are under way
 
 struct Sizes {  // derived on the host; bytes where nothing else is said
   int panels, units, groups, record, most_panels;  // counts, but for `record`; most panels of a block
   unsigned per_group;                              // 2^32 / (group / 32) rounded up, 0 for groups of 32
-  int stage, scales, slot;                         // a slot has the inputs of a slab, then their scales, and sums of digits
+  int stage, scales, slot;                         // a slot has the inputs of a slab, then their scales
 };
 
 __device__ __forceinline__ unsigned group_of(const Sizes& z, unsigned k) {
@@ -71,40 +64,16 @@ template <int BITS, int GRID, int N> struct Inputs {
     }
   }
 
-  // Bits of the largest |x| of the unit.
-  __device__ __forceinline__ uint32_t largest() const {
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < 32; i++) most = __vmaxu2(most, x[i / 16][i % 16] & 0x7fff7fffu);
-    most = max(most & 0xffffu, most >> 16);
-    most = max(most, __shfl_xor_sync(~0u, most, 8));
-    return max(most, __shfl_xor_sync(~0u, most, 16));
-  }
-
-  // As digits, of a slab of so many units. In memory: [product of the unit][2][high, low][N / 8][8 rows of x][16 inputs].
-  __device__ __forceinline__ void build_digits(const Linear& a, const Sizes& z, int units, uint32_t slot, int lane) {
-    const int m = 8 * j + (lane & 7), part = lane >> 3;
-    const uint32_t at = slot + ((in_slab * 2 + part / 2) * BYTE_PRODUCTS * 2 + part % 2) * (32 * N) + m * 16;
-    const Integers integers(x, largest(), a.x_dtype);
-    int sums[2] = {};
-#pragma unroll
-    for (int product = 0; product < BYTE_PRODUCTS; product++) {
-      uint32_t high[4], low[4];
-      Integers::digits(x, product, high, low, sums);
-      store_shared4(at + product * (64 * N), high[0], high[1], high[2], high[3]);
-      store_shared4(at + product * (64 * N) + 16 * N, low[0], low[1], low[2], low[3]);
-    }
-    int sum = 256 * sums[0] + sums[1];
-    sum += __shfl_xor_sync(~0u, sum, 8);  // of a block
-    if (part == 0) store_shared(slot + z.scales + (in_slab * N + m) * 4, integers.down);
-    if (part % 2 == 0) store_shared(slot + z.scales + (units * N + (in_slab * 2 + part / 2) * N + m) * 4, (float)sum);
-  }
-
   __device__ __forceinline__ void build(const Linear& a, const Sizes& z, uint32_t slot, int lane) {
     const int m = 8 * j + (lane & 7);
     float down = 1.f;
     if (a.x_dtype == BF16) {  // the largest |x| of the unit to [2^14, 2^15)
-      const uint32_t most = largest();
+      uint32_t most = 0;
+#pragma unroll
+      for (int i = 0; i < 32; i++) most = __vmaxu2(most, x[i / 16][i % 16] & 0x7fff7fffu);
+      most = max(most & 0xffffu, most >> 16);
+      most = max(most, __shfl_xor_sync(~0u, most, 8));
+      most = max(most, __shfl_xor_sync(~0u, most, 16));
       const int exponent = (int)(most >> 7) - 127;
       const int e = exponent == 128 ? 0 : min(14 - exponent, 120);  // infinite or NaN: so will y be
       const float up = power_of_two(e);
@@ -165,10 +134,8 @@ template <int BITS, int H> struct Walk {
 
 #endif
 
-struct Nothing {};
-
-template <int BITS, int GRID, int H, int N, bool DIGITS>
-__global__ void __launch_bounds__(((DIGITS ? most_groups(N, BITS) : most_groups(N)) + 1) * GROUP_THREADS, 1)
+template <int BITS, int GRID, int H, int N>
+__global__ void __launch_bounds__((most_groups(N) + 1) * GROUP_THREADS, 1)
     fused_gemm(const __grid_constant__ Linear a, const __grid_constant__ Sizes z, const __grid_constant__ Plan plan) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char memory[];
@@ -230,7 +197,7 @@ __global__ void __launch_bounds__(((DIGITS ? most_groups(N, BITS) : most_groups(
       slab++;
     };
     wait_previous();
-    constexpr int AHEAD = tasks_ahead(N, DIGITS);
+    constexpr int AHEAD = tasks_ahead(N);
     Task ahead[AHEAD];  // inputs are under way for so many tasks
     const unsigned first_task = warp - 4 * groups;
 #pragma unroll
@@ -247,8 +214,7 @@ __global__ void __launch_bounds__(((DIGITS ? most_groups(N, BITS) : most_groups(
           next_slab();
           await(used + 8 * slot, parity);
         }
-        if constexpr (DIGITS) ahead[i].build_digits(a, z, units, slots + slot * z.slot, lane);
-        else ahead[i].build(a, z, slots + slot * z.slot, lane);
+        ahead[i].build(a, z, slots + slot * z.slot, lane);
         const unsigned next = task + AHEAD * plan.builders;
         if (next < total) ahead[i].fetch(a, begin + next / per_slab * units, next % per_slab, lane);
       }
@@ -261,7 +227,7 @@ __global__ void __launch_bounds__(((DIGITS ? most_groups(N, BITS) : most_groups(
     const int group = warp >> 2, kg = group % plan.k_groups, ng = group / plan.k_groups;
     const int tile = warp & 3, r = lane >> 2, q = lane & 3;
     // K-major without swizzle: 8 inputs of 8 rows of x are 128 bytes, the next 8 inputs begin N rows of 16 bytes on
-    constexpr uint32_t FORM = 8, ALONG = (DIGITS ? 2 * N : N) << 16, STEP = 2 * N;  // STEP: from product to product, in 16 bytes
+    constexpr uint32_t FORM = 8, ALONG = N << 16, STEP = 2 * N;  // STEP: from product to product, in 16 bytes
     const uint32_t own_codes = opaque(tile * (BITS * PLANE_BYTES) + pair_at(BITS, r, q, 0)), own_record = opaque(tile * z.record + r * 4);
     int slot = 0, slot_parity = 0, item = 0;
     for (int slab = begin; slab < end; slab += units) {
@@ -270,38 +236,31 @@ __global__ void __launch_bounds__(((DIGITS ? most_groups(N, BITS) : most_groups(
       await(made + 8 * slot, slot_parity);
       for (int panel = first + ng; panel < last && count > 0; panel += plan.n_groups, item++) {
         const int stage = group * plan.stages + (item & plan.stages - 1);
-        float sum[N / 2];
+        float sum[N / 2], d[N / 2];
 #pragma unroll
         for (int i = 0; i < N / 2; i++) sum[i] = 0.f;
-        [[maybe_unused]] std::conditional_t<DIGITS, ByDigits<BITS, GRID, N>, Nothing> by_digits;
-        [[maybe_unused]] std::conditional_t<DIGITS, Nothing, Weights<BITS, GRID, H>> weights;
-        [[maybe_unused]] float d[DIGITS ? 1 : N / 2];
         Walk<BITS, H> block(a, z, slab + skip, ring + stage * z.stage + own_codes,
                             ring + stage * z.stage + count * (BITS * 4 * PLANE_BYTES) + own_record);
+        Weights<BITS, GRID, H> weights;
         uint32_t inputs = ALONG | (descriptor_address(at) + skip * (2 * PRODUCTS) * STEP);
-        uint32_t scales = at + z.scales + (skip * N + 2 * q) * 4, sums = at + z.scales + ((units + 2 * skip) * N + 2 * q) * 4;
+        uint32_t scales = at + z.scales + (skip * N + 2 * q) * 4;
         await(full + 8 * stage, item >> depth & 1);
         for (int u = 0; u < count; u++) {  // weights of one warpgroup are made during the products of another
-          if constexpr (DIGITS) {
-            by_digits.run(a, z, block, inputs, scales, sums, FORM, lane, sum);
-            inputs += 2 * PRODUCTS * STEP, sums += 2 * N * 4;
-          } else {
 #pragma unroll
-            for (int b = 0; b < 2; b++) {
-              block.next(a, z);
-              weights.load(a, block.codes, block.records, lane);
-              fence_products();
+          for (int b = 0; b < 2; b++) {
+            block.next(a, z);
+            weights.load(a, block.codes, block.records, lane);
+            fence_products();
 #pragma unroll
-              for (int i = 0; i < PRODUCTS; i++) multiply<N>(d, weights.a[i], inputs + i * STEP, FORM, b + i > 0);
-              commit_products();
-              wait_products();
-              inputs += PRODUCTS * STEP;
-            }
+            for (int i = 0; i < PRODUCTS; i++) multiply<N>(d, weights.a[i], inputs + i * STEP, FORM, b + i > 0);
+            commit_products();
+            wait_products();
+            inputs += PRODUCTS * STEP;
+          }
 #pragma unroll
-            for (int i = 0; i < N / 2; i += 4) {
-              const float2 c = load_floats(scales + i * 8);
-              sum[i] += d[i] * c.x, sum[i + 1] += d[i + 1] * c.y, sum[i + 2] += d[i + 2] * c.x, sum[i + 3] += d[i + 3] * c.y;
-            }
+          for (int i = 0; i < N / 2; i += 4) {
+            const float2 c = load_floats(scales + i * 8);
+            sum[i] += d[i] * c.x, sum[i + 1] += d[i + 1] * c.y, sum[i + 2] += d[i + 2] * c.x, sum[i + 3] += d[i + 3] * c.y;
           }
           scales += N * 4;
         }
@@ -346,7 +305,7 @@ __global__ void __launch_bounds__(((DIGITS ? most_groups(N, BITS) : most_groups(
 #endif
 }
 
-template <int BITS, int GRID, int H, int N, bool DIGITS> int launch(const Linear& a, const Plan& plan, cudaStream_t stream) {
+template <int BITS, int GRID, int H, int N> int launch(const Linear& a, const Plan& plan, cudaStream_t stream) {
   const Shape shape(a, plan.split);
   const int groups = plan.k_groups * plan.n_groups, clusters = plan.blocks / plan.split, units = plan.k_groups * plan.item;
   Sizes z{};
@@ -354,44 +313,33 @@ template <int BITS, int GRID, int H, int N, bool DIGITS> int launch(const Linear
   z.most_panels = (z.panels + clusters - 1) / clusters;
   z.per_group = a.group > 32 ? (unsigned)(((1ull << 32) + a.group / 32 - 1) / (a.group / 32)) : 0;
   z.stage = plan.item * (BITS * 4 * PLANE_BYTES + (UNIT / H) * 4 * z.record);
-  z.scales = units * UNIT * N * 2, z.slot = z.scales + (units * N * (DIGITS ? 12 : 4) + 127) / 128 * 128;
+  z.scales = units * UNIT * N * 2, z.slot = z.scales + (units * N * 4 + 127) / 128 * 128;
   const size_t bytes = BARRIER_BYTES + plan.slots * z.slot + groups * plan.stages * z.stage +
                        (size_t)plan.k_groups * z.most_panels * N * KEPT_STRIDE * 4;
-  if (groups > (DIGITS ? most_groups(N, BITS) : most_groups(N)) || groups * plan.stages > MOST_STAGES || plan.slots > MOST_SLOTS || plan.builders > 3)
+  if (groups > most_groups(N) || groups * plan.stages > MOST_STAGES || plan.slots > MOST_SLOTS || plan.builders > 3)
     return cudaErrorInvalidValue;
   const int threads = groups * GROUP_THREADS + (plan.builders + 1) * 32;
-  return launch_kernel(fused_gemm<BITS, GRID, H, N, DIGITS>, plan.blocks, plan.split, threads, bytes, stream, a, z, plan);
+  return launch_kernel(fused_gemm<BITS, GRID, H, N>, plan.blocks, plan.split, threads, bytes, stream, a, z, plan);
 }
 
 template <int BITS, int GRID, int H> int by_rows(const Linear& a, int rows, const Plan& plan, cudaStream_t stream) {
   switch (rows) {
-    case 16: return launch<BITS, GRID, H, 16, false>(a, plan, stream);
-    case 32: return launch<BITS, GRID, H, 32, false>(a, plan, stream);
-    case 64: return launch<BITS, GRID, H, 64, false>(a, plan, stream);
+    case 16: return launch<BITS, GRID, H, 16>(a, plan, stream);
+    case 32: return launch<BITS, GRID, H, 32>(a, plan, stream);
+    case 64: return launch<BITS, GRID, H, 64>(a, plan, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-template <int BITS, int GRID> int by_group(const Linear& a, int rows, const Plan& plan, bool digits, cudaStream_t stream) {
-  if (digits) {
-    if constexpr (takes_digits(BITS, GRID, 16)) {
-      if (rows == 16 && a.group % BLOCK == 0) return launch<BITS, GRID, BLOCK, 16, true>(a, plan, stream);
-    }
-    if constexpr (takes_digits(BITS, GRID, 32)) {
-      if (rows == 32 && a.group % BLOCK == 0) return launch<BITS, GRID, BLOCK, 32, true>(a, plan, stream);
-    }
-    return cudaErrorInvalidValue;
-  }
+template <int BITS, int GRID> int by_group(const Linear& a, int rows, const Plan& plan, cudaStream_t stream) {
   return a.group % BLOCK == 0 ? by_rows<BITS, GRID, BLOCK>(a, rows, plan, stream)
                               : by_rows<BITS, GRID, 32>(a, rows, plan, stream);
 }
 
 }  // namespace
 
-// One file per number of bits. For up to `rows` rows of x (16, 32 or 64) in fp16 or bf16, on sm_90; with `digits`, by those, which
-// takes groups of multiples of 128 and, on the BCQ grid, up to 3 bits. Returns a cudaError_t.
-#define LUTQ_FUSED_GEMM(BITS)                                                                                                  \
-  extern "C" int lutq_fused_gemm_##BITS##bit(const Linear* a, int rows, const Plan* plan, int digits, cudaStream_t stream) {   \
-    return a->grid == BCQ ? by_group<BITS, BCQ>(*a, rows, *plan, digits, stream)                                               \
-                          : by_group<BITS, UNIFORM>(*a, rows, *plan, digits, stream);                                          \
+// One file per number of bits. For up to `rows` rows of x (16, 32 or 64) in fp16 or bf16, on sm_90. Returns a cudaError_t.
+#define LUTQ_FUSED_GEMM(BITS)                                                                                          \
+  extern "C" int lutq_fused_gemm_##BITS##bit(const Linear* a, int rows, const Plan* plan, cudaStream_t stream) {       \
+    return a->grid == BCQ ? by_group<BITS, BCQ>(*a, rows, *plan, stream) : by_group<BITS, UNIFORM>(*a, rows, *plan, stream); \
   }

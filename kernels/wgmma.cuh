@@ -1,4 +1,4 @@
-// Products of a warpgroup (wgmma, on Hopper), and the parts of packed weights from which either way makes what they take.
+// Products of a warpgroup (wgmma, on Hopper), and what they and their weights are made with.
 #pragma once
 #include "layout.cuh"
 
@@ -50,51 +50,34 @@ __device__ __forceinline__ void to_nibbles(uint32_t twos, uint32_t ones, uint32_
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Numbers of d, as operands of the kind C, and their places; IMMEDIATES is what follows the operands of a type.
-#define FOUR(C, i) "+" C(d[i]), "+" C(d[i + 1]), "+" C(d[i + 2]), "+" C(d[i + 3])
-#define SIXTEEN(C, i) FOUR(C, i), FOUR(C, i + 4), FOUR(C, i + 8), FOUR(C, i + 12)
-#define PLACES8 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define PLACES16 PLACES8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define PLACES32 PLACES16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define PRODUCT(TYPE, IMMEDIATES, SUMS, STORED, TABLE, FORM, ADD, ...)                                                      \
-  asm volatile("{ .reg .pred p; .reg .b64 t; setp.ne.b32 p, " ADD ", 0; mov.b64 t, {" TABLE ", " FORM "};\n"                \
-               "wgmma.mma_async.sync.aligned." TYPE " {" SUMS "}, {" STORED "}, t, p" IMMEDIATES "; }"                      \
-               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(table), "r"(form), "r"(add))
-#define PRODUCT8(TYPE, IMMEDIATES, C) \
-  PRODUCT(TYPE, IMMEDIATES, PLACES8, "%8,%9,%10,%11", "%12", "%13", "%14", FOUR(C, 0), FOUR(C, 4))
-#define PRODUCT16(TYPE, IMMEDIATES, C) \
-  PRODUCT(TYPE, IMMEDIATES, PLACES16, "%16,%17,%18,%19", "%20", "%21", "%22", SIXTEEN(C, 0))
-#define PRODUCT32(TYPE, IMMEDIATES, C) \
-  PRODUCT(TYPE, IMMEDIATES, PLACES32, "%32,%33,%34,%35", "%36", "%37", "%38", SIXTEEN(C, 0), SIXTEEN(C, 16))
-
 // d += a x for 64 rows, 16 inputs and N rows of x. `table`, `form`: low and high word of the descriptor of x.
 template <int N> __device__ __forceinline__ void multiply(float* d, const uint32_t* a, uint32_t table, uint32_t form, int add) {
-  if constexpr (N == 16) PRODUCT8("m64n16k16.f32.f16.f16", ", 1, 1, 0", "f");
-  else if constexpr (N == 32) PRODUCT16("m64n32k16.f32.f16.f16", ", 1, 1, 0", "f");
-  else PRODUCT32("m64n64k16.f32.f16.f16", ", 1, 1, 0", "f");
-}
-// The same for 32 inputs, bytes times digits: N columns of integers.
-template <int N> __device__ __forceinline__ void multiply_bytes(int* d, const uint32_t* a, uint32_t table, uint32_t form, int add) {
-  if constexpr (N == 32) PRODUCT16("m64n32k32.s32.u8.s8", "", "r");
-  else PRODUCT32("m64n64k32.s32.u8.s8", "", "r");
-}
+#define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
+#define PRODUCT(SHAPE, SUMS, STORED, TABLE, FORM, ADD, ...)                                                                 \
+  asm volatile("{ .reg .pred p; .reg .b64 t; setp.ne.b32 p, " ADD ", 0; mov.b64 t, {" TABLE ", " FORM "};\n"                \
+               "wgmma.mma_async.sync.aligned." SHAPE ".f32.f16.f16 {" SUMS "}, {" STORED "}, t, p, 1, 1, 0; }"              \
+               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(table), "r"(form), "r"(add))
+  if constexpr (N == 16) {
+    PRODUCT("m64n16k16", "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12", "%13", "%14", FOUR(0), FOUR(4));
+  } else if constexpr (N == 32) {
+    PRODUCT("m64n32k16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20", "%21", "%22",
+            SIXTEEN(0));
+  } else {
+    PRODUCT("m64n64k16",
+            "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+            "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31",
+            "%32,%33,%34,%35", "%36", "%37", "%38", SIXTEEN(0), SIXTEEN(16));
+  }
 #undef FOUR
 #undef SIXTEEN
-#undef PLACES8
-#undef PLACES16
-#undef PLACES32
 #undef PRODUCT
-#undef PRODUCT8
-#undef PRODUCT16
-#undef PRODUCT32
-
+}
 // As descriptors have it; the address of a block in a cluster has its rank in higher bits.
 __device__ __forceinline__ uint32_t descriptor_address(uint32_t at) { return (at & 0x3ffff) >> 4; }
 __device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING = 0> __device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
+__device__ __forceinline__ void wait_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
 #endif
 

@@ -7,8 +7,7 @@ Which kernel runs is decided here, by M (rows of x) and dtype:
     M <= 4                  lut_gemm with split tables on the sparse tensor cores: relative error below 2e-6
     M <= 8                  lut_gemm with rounded tables: below 5e-4
     M <= rows_limit         on GPUs of compute capability 9.0 fused_gemm, which rounds weights to fp16, 64 rows at a time: below
-                            5e-4. On others lut_gemm, 8 rows at a time. Where `lutq bench kernel --tune` found it faster,
-                            fused_gemm rounds x to integers of 16 bits instead (kernels/digits.cuh), for up to 32 rows: below 5e-4
+                            5e-4. On others lut_gemm, 8 rows at a time
     above                   W is dequantized to fp16 (rounded once), a slice at a time, for an ordinary matrix product
 
 For fp32 x, and below 1024 inputs, where few roundings average out, lut_gemm with split tables takes 4 rows at a time instead.
@@ -269,23 +268,12 @@ BARRIER_BYTES, KEPT_STRIDE, BUILDERS, FUSED_STAGES, SLOTS = 512, PANEL + 4, 3, 2
 MOST_GROUPS = {16: 4, 32: 3, 64: 2}  # warpgroups of products of a block, by mode
 
 
-def takes_digits(layer: LayerConfig, rows: int) -> bool:
-    """Whether fused_gemm takes a layer in a mode of FUSED with x as digits."""
-    return layer.group % 128 == 0 and (rows == 16 if layer.bits < 4 else layer.grid == "uniform" and rows <= 32)
-
-
-def most_groups(rows: int, bits: int, digits: bool) -> int:
-    """Warpgroups of products of a block, in a mode of FUSED, at most."""
-    return (3 if (rows, bits) == (16, 4) else 2) if digits else MOST_GROUPS[rows]
-
-
 @functools.lru_cache(4096)
-def fused_plan(N: int, K: int, rows: int, layer: LayerConfig, gpu: Gpu, digits: bool = False) -> FusedPlan:
+def fused_plan(N: int, K: int, rows: int, layer: LayerConfig, gpu: Gpu) -> FusedPlan:
     """The launch of fused_gemm for a mode of FUSED, whatever M: it decides in which order a row is summed."""
     record = 32 * (layer.bits + layer.offsets) if layer.grid == "bcq" else 32 + 16 * layer.offsets
     unit = layer.bits * 2048 + (2 if layer.group % 128 == 0 else 8) * 4 * record
-    groups = most_groups(rows, layer.bits, digits)
-    kept = rows * (12 if digits else 4)  # of a unit: scales of x, and sums of digits
+    groups = MOST_GROUPS[rows]
     split = 2 if units(K) > 1 else 1  # halves what a block reads of x
     for waves in range(1, panels(N) + 1):
         clusters = min(panels(N), gpu.processors // split * waves)
@@ -293,7 +281,7 @@ def fused_plan(N: int, K: int, rows: int, layer: LayerConfig, gpu: Gpu, digits: 
         n_groups = min(groups, most)
         k_groups = min(groups // n_groups, ceil(units(K) / split))
         for item in (2, 1) if units(K) >= 2 * split * k_groups else (1,):
-            slot = ceil(k_groups * item * kept / 128) * 128 + k_groups * item * UNIT * rows * 2
+            slot = ceil(k_groups * item * rows * 4 / 128) * 128 + k_groups * item * UNIT * rows * 2
             ring = k_groups * n_groups * FUSED_STAGES * item * unit
             if BARRIER_BYTES + SLOTS * slot + ring + k_groups * most * rows * KEPT_STRIDE * 4 <= gpu.shared:
                 return FusedPlan(clusters * split, split, k_groups, n_groups, BUILDERS, item, FUSED_STAGES, SLOTS)
@@ -313,21 +301,10 @@ def rows_limit(name: str, bits: int, fused: bool) -> int:
 
     Measured by `lutq bench kernel --tune`, whose table in the user's cache goes before configs/gpus.json.
     """
-    table = tables()
-    return table.get(name, table["default 9.0" if fused else "default"])[str(bits)]
-
-
-def tables() -> dict[str, Any]:
-    """configs/gpus.json with what the user's table has in its place."""
-    found = json.loads((shipped("configs") / "gpus.json").read_text())
+    table = json.loads((shipped("configs") / "gpus.json").read_text())
     own = user_table()
-    return found | (json.loads(own.read_text()) if own.is_file() else {})
-
-
-@functools.cache
-def digits_pay(name: str, grid: str, bits: int, rows: int) -> bool:
-    """Whether fused_gemm is faster on this GPU with x as digits, in a mode of FUSED; measured as `rows_limit`."""
-    return rows in tables().get(name, {}).get("digits", {}).get(f"{bits}-bit {grid}", ())
+    table |= json.loads(own.read_text()) if own.is_file() else {}
+    return table.get(name, table["default 9.0" if fused else "default"])[str(bits)]
 
 
 def arguments(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> Arguments:
@@ -371,10 +348,9 @@ def run_gemv(found: ctypes.CDLL, a: Arguments, how: GemvPlan, partial: torch.Ten
     start(getattr(found, f"lutq_lut_gemv_{a.bits}bit"), a, sums, *how)
 
 
-def run_fused(found: ctypes.CDLL, a: Arguments, rows: int, layer: LayerConfig, gpu: Gpu, digits: bool = False) -> None:
-    """Launch fused_gemm in a mode on the current stream; with `digits` it takes what `takes_digits` says."""
-    how = fused_plan(a.N, a.K, rows, layer, gpu, digits)
-    start(getattr(found, f"lutq_fused_gemm_{a.bits}bit"), a, rows, ctypes.byref(how), int(digits))
+def run_fused(found: ctypes.CDLL, a: Arguments, rows: int, layer: LayerConfig, gpu: Gpu) -> None:
+    """Launch fused_gemm in a mode on the current stream."""
+    start(getattr(found, f"lutq_fused_gemm_{a.bits}bit"), a, rows, ctypes.byref(fused_plan(a.N, a.K, rows, layer, gpu)))
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -451,13 +427,12 @@ def multiply_packed(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None
     fused = x.shape[0] > EIGHT and fits_fused(mode, ready, gpu)
     if fused:
         mode = next((rows for rows in FUSED if x.shape[0] <= rows), FUSED[-1])
-    digits = fused and takes_digits(layer, mode) and digits_pay(gpu.name, layer.grid, layer.bits, mode)
     for begin in range(0, x.shape[0], mode):
         part = slice(begin, begin + mode)
         a = arguments(x[part], ready, bias, y[part], layer)
         how = gemv_plan(a.N, a.K, layer, gpu) if mode == ONE else None
         if fused:
-            run_fused(found, a, mode, layer, gpu, digits)
+            run_fused(found, a, mode, layer, gpu)
         elif how:
             run_gemv(found, a, how)
         else:

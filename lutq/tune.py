@@ -1,11 +1,9 @@
-"""`lutq bench kernel --tune`: up to how many rows of x the kernels on packed W beat dequantizing it for an ordinary product, and
-where fused_gemm is faster with x as digits.
+"""`lutq bench kernel --tune`: up to how many rows of x the kernels on packed W beat dequantizing it for an ordinary product.
 
-Both go to gpus.json in the folder of compiled kernels (lutq/build.py), `{GPU name: {bits: rows, "digits": {layer: modes}}}`,
-which lutq/cuda.py prefers to the table that comes with lutq.
+The limits go to gpus.json in the folder of compiled kernels (lutq/build.py), `{GPU name: {bits: rows}}`, which
+`lutq.cuda.rows_limit` prefers to the table that comes with lutq.
 """
 
-import itertools
 import json
 import math
 import os
@@ -18,23 +16,7 @@ import torch
 from lutq.bench import layer_of
 from lutq.build import MOVE_CACHE, writing
 from lutq.config import LayerConfig
-from lutq.cuda import (
-    FUSED,
-    GRIDS,
-    Prepacked,
-    aligned,
-    arguments,
-    digits_pay,
-    kernels,
-    multiply_dense,
-    multiply_packed,
-    prepack,
-    properties,
-    rows_limit,
-    run_fused,
-    takes_digits,
-    user_table,
-)
+from lutq.cuda import Prepacked, multiply_dense, multiply_packed, prepack, rows_limit, user_table
 from lutq.errors import LutqError
 from lutq.report import table
 from lutq.timing import expected_us, launches, require_gpu, time_graph
@@ -58,8 +40,8 @@ def threshold(times: dict[int, tuple[float, float]]) -> int:
     return min(times, key=cost)
 
 
-def merge(file: Path, name: str, limits: dict[str, Any]) -> None:
-    """Put what was measured on a GPU into the table, beside that of others. Raises LutqError for a file that is no such table."""
+def merge(file: Path, name: str, limits: dict[str, int]) -> None:
+    """Put the limits of a GPU into the table, beside those of others. Raises LutqError for a file that is no such table."""
     tables: Any = {}
     if file.is_file():
         try:
@@ -85,38 +67,6 @@ def measure(ready: list[Prepacked], layer: LayerConfig, M: int, repeats: int) ->
     return lut.us, dense.us
 
 
-def measure_digits(ready: list[Prepacked], layer: LayerConfig, rows: int, repeats: int) -> tuple[float, float]:
-    """Us of fused_gemm with `rows` rows in fp16 (by digits, by weights in fp16). The layer is given as its copies."""
-    device, n = ready[0].codes.device, len(ready)
-    found, gpu = kernels(device), properties(device)
-    x = aligned(torch.randn(rows, K, dtype=torch.float16, device=device))
-    y = torch.empty(rows, N, dtype=torch.float16, device=device)
-    count = launches(rows, expected_us(traffic(N, K, rows, layer), rows, N, K), n)
-
-    def launch(i: int, digits: bool) -> None:
-        run_fused(found, arguments(x, ready[i % n], None, y, layer), rows, layer, gpu, digits)
-
-    times = [time_graph(lambda i, digits=digits: launch(i, digits), count, repeats).us for digits in (True, False)]
-    return times[0], times[1]
-
-
-def tune_digits(gpu: torch.device, repeats: int, echo: Callable[[str], Any]) -> dict[str, list[int]]:
-    """The modes of FUSED in which digits are faster: "4-bit uniform" -> rows. Prints the times."""
-    faster: dict[str, list[int]] = {}
-    for bits, grid in itertools.product(BITS, GRIDS):
-        layer = LayerConfig(bits, GROUP, grid)
-        modes = [rows for rows in FUSED if takes_digits(layer, rows)]
-        if not modes:
-            continue
-        ready = cold_copies(prepack(random_packed(N, K, layer, gpu), layer))
-        for rows in modes:
-            digits, weights = measure_digits(ready, layer, rows, repeats)
-            echo(f"{bits}-bit {grid}, {rows} rows: {digits:.1f} by digits of x, {weights:.1f} by weights in fp16")
-            if digits < weights:
-                faster.setdefault(f"{bits}-bit {grid}", []).append(rows)
-    return faster
-
-
 def rows_table(times: dict[int, dict[int, tuple[float, float]]]) -> str:
     """Times by bits and M as a table: a line per M, two columns per bits."""
     header = ("M", *(f"{kind}, {bits} bits" for bits in times for kind in ("packed", "dense")))
@@ -127,8 +77,8 @@ def rows_table(times: dict[int, dict[int, tuple[float, float]]]) -> str:
     return table(header, body)
 
 
-def tune(repeats: int = 20, device: str = "auto", echo: Callable[[str], Any] = print) -> dict[str, Any]:
-    """Measure bits 1 to 4 at 8192x8192 in groups of 128, print the times, and write what they say: bits -> rows, and of digits.
+def tune(repeats: int = 20, device: str = "auto", echo: Callable[[str], Any] = print) -> dict[str, int]:
+    """Measure bits 1 to 4 at 8192x8192 in groups of 128, print the times, and write the limits: bits -> rows.
 
     Raises LutqError.
     """
@@ -143,12 +93,10 @@ def tune(repeats: int = 20, device: str = "auto", echo: Callable[[str], Any] = p
             layer = layer_of(bits, "auto", GROUP)
             ready = cold_copies(prepack(random_packed(N, K, layer, gpu), layer))
             times[bits] = {M: measure(ready, layer, M, repeats) for M in ROWS}
-        faster = tune_digits(gpu, repeats, echo) if properties(gpu).fused else {}
     limits = {str(bits): threshold(by_rows) for bits, by_rows in times.items()}
-    merge(user_table(), name, limits | {"digits": faster})
+    merge(user_table(), name, limits)
     rows_limit.cache_clear()
-    digits_pay.cache_clear()
     echo(rows_table(times))
     words = ", ".join(f"{limit} at {bits} bits" for bits, limit in limits.items())
     echo(f"packed up to these rows: {words}; written to {user_table()}")
-    return limits | {"digits": faster}
+    return limits

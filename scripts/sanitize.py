@@ -14,7 +14,6 @@ from lutq.bcq import alternating
 from lutq.columns import levels_of, round_on_gpu
 from lutq.config import LayerConfig
 from lutq.cuda import (
-    FUSED,
     GemvPlan,
     aligned,
     arguments,
@@ -23,10 +22,8 @@ from lutq.cuda import (
     multiply_sums,
     prepack,
     properties,
-    run_fused,
     run_gemv,
     slabs,
-    takes_digits,
     takes_gemv,
 )
 from lutq.decode.products import Sums, padded
@@ -74,12 +71,6 @@ def products(device: torch.device, bits: int) -> int:
             x = torch.randn(M, K, device=device).to(dtype)
             multiply(x, ready, None, N, layer)
             cases += 1
-            rows = next((rows for rows in FUSED if rows >= M), 0)
-            if x.dtype != torch.float32 and properties(device).fused and takes_digits(layer, rows):
-                y = torch.empty(M, N, device=device)
-                a = arguments(aligned(x), ready, None, y, layer)
-                run_fused(kernels(device), a, rows, layer, properties(device), digits=True)
-                cases += 1
     return cases
 
 

@@ -20,7 +20,7 @@ import lutq.tune
 from lutq.bench import COLUMNS, columns, driver_version, layer_of, line, make_record, parse_shape
 from lutq.cli import app
 from lutq.config import LayerConfig
-from lutq.cuda import Gpu, Prepacked, digits_pay, prepack
+from lutq.cuda import Gpu, Prepacked, prepack
 from lutq.errors import LutqError
 from lutq.pack import Packed, dequantize, packed_shapes
 from lutq.prepack import unpack_codes, unpack_records
@@ -342,22 +342,6 @@ def test_launches_of_tune(monkeypatch, launched):
     assert dense[:3] == [(100, ready[i].codes.data_ptr()) for i in (0, 1, 0)]
 
 
-def test_launches_of_digits(monkeypatch, launched):
-    ways = []
-    monkeypatch.setattr(lutq.tune, "N", 48)
-    monkeypatch.setattr(lutq.tune, "K", 1024)
-    monkeypatch.setattr(lutq.tune, "kernels", lambda device: None)
-    monkeypatch.setattr(lutq.tune, "properties", lambda device: MADE_UP)
-    monkeypatch.setattr(lutq.tune, "run_fused", lambda found, a, *how: ways.append((a.codes, a.M, how[0], how[-1])))
-    layer = layer_of(4, "auto", 128)
-    ready = rotating(prepack(random_packed(48, 1024, layer, CPU), layer), 2)
-    assert lutq.tune.measure_digits(ready, layer, 32, 5) == (1.0, 1.0)
-    half = len(ways) // 2
-    assert half > 1
-    assert ways[:half] == [(ready[i % 2].codes.data_ptr(), 32, 32, True) for i in range(half)]
-    assert ways[half:] == [(ready[i % 2].codes.data_ptr(), 32, 32, False) for i in range(half)]
-
-
 # Records and the table
 
 RECORD = make_record(4096, 8192, 16, LayerConfig(3, 128, "bcq", False), Timing(8.0, 7.5, 9.0), 24.0, 4000.0, 1.5e-4)
@@ -561,16 +545,11 @@ def test_tune(invoke, made_up, monkeypatch, tmp_path):
     monkeypatch.setattr(lutq.tune, "N", 64)
     monkeypatch.setattr(lutq.tune, "K", 128)
     monkeypatch.setattr(lutq.tune, "measure", lambda ready, layer, M, repeats: (M / 16 * layer.bits, 10.1))
-    monkeypatch.setattr(lutq.tune, "measure_digits", lambda ready, layer, rows, repeats: (layer.bits * 10, rows + 10))
     result = invoke("--tune")
     assert result.exit_code == 0, f"{result.output} {result.exception!r}"
     limits = {"1": 160, "2": 80, "3": 48, "4": 40}
-    digits = {"1-bit bcq": [16], "1-bit uniform": [16], "2-bit bcq": [16], "2-bit uniform": [16], "4-bit uniform": [32]}
-    written = json.loads((tmp_path / "cache" / "gpus.json").read_text())
-    assert written == {"NVIDIA Made Up": limits | {"digits": digits}}
-    for bits, grid, rows in itertools.product((1, 2, 3, 4), ("bcq", "uniform"), (16, 32, 64)):
-        assert digits_pay("NVIDIA Made Up", grid, bits, rows) == (rows in digits.get(f"{bits}-bit {grid}", ()))
+    assert json.loads((tmp_path / "cache" / "gpus.json").read_text()) == {"NVIDIA Made Up": limits}
     last = result.stdout.splitlines()[-1]
     assert last.startswith("packed up to these rows: 160 at 1 bits, 80 at 2 bits, 48 at 3 bits, 40 at 4 bits; written to ")
     assert last.endswith("gpus.json")
-    assert len(result.stdout.splitlines()) == 1 + 8 + 1 + len(lutq.tune.ROWS) + 1, f"{result.stdout}"
+    assert len(result.stdout.splitlines()) == 1 + 1 + len(lutq.tune.ROWS) + 1, f"{result.stdout}"

@@ -35,14 +35,12 @@ from lutq.cuda import (
     aligned,
     fused_plan,
     gemv_plan,
-    most_groups,
     multiply_sums,
     plan,
     prepack,
     properties,
     rows_limit,
     slabs,
-    takes_digits,
     takes_gemv,
 )
 from lutq.decode import products
@@ -453,11 +451,8 @@ def fused_text(text):
     return re.sub(r"\b(a|z|shape)\.", r"\1_", text)
 
 
-def kernel_most_groups(N, bits=None):
-    """Of products in fp16, or, with the bits of weights, by digits."""
-    if bits is None:
-        return value(found(r"constexpr int most_groups\(int N\) \{ return ([^;]*); \}"), {"N": N})
-    return value(found(r"constexpr int most_groups\(int N, int bits\) \{ return ([^;]*); \}"), {"N": N, "bits": bits})
+def kernel_most_groups(N):
+    return value(found(r"constexpr int most_groups\(int N\) \{ return ([^;]*); \}"), {"N": N})
 
 
 @functools.cache
@@ -485,7 +480,7 @@ def shape_initialisers():
     return [re.fullmatch(r"(\w+)\((.*?)\),?", line.strip()).groups() for line in fused_text(body).strip().splitlines()]
 
 
-def fused_launch(N, K, rows, layer, how, digits=False):
+def fused_launch(N, K, rows, layer, how):
     """What the launch of fused_gemm derives, from its own expressions; `refused` says that it does not launch."""
     how = {name: getattr(how, name) for name, _ in FusedPlan._fields_}
     divisor, large, small = found(
@@ -497,7 +492,7 @@ def fused_launch(N, K, rows, layer, how, digits=False):
     for name, expression in shape_initialisers():
         shape[name] = value(expression, shape)
     names |= {f"shape_{name}": shape[name] for name, _ in shape_initialisers()} | how
-    names |= {"BITS": layer.bits, "GRID": GRIDS[layer.grid], "N": rows, "DIGITS": digits}
+    names |= {"BITS": layer.bits, "GRID": GRIDS[layer.grid], "N": rows}
     names["H"] = value(large if names["a_group"] % value(divisor, names) == 0 else small, names)
     statements, refused, threads = fused_statements()
     for declarations in statements:
@@ -535,22 +530,16 @@ def fused_layers(bits):
     ]
 
 
-def fused_ways(bits):
-    """Layers, modes, and whether x is made of digits: all that the kernel takes."""
-    ways = itertools.product(fused_layers(bits), FUSED, (False, True))
-    return [(layer, rows, digits) for layer, rows, digits in ways if not digits or takes_digits(layer, rows)]
-
-
 @pytest.mark.parametrize("gpu", FUSED_GPUS, ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_fused_plans_fit(gpu, bits):
     names = fused_constants()
     assert gpu.shared == 232448
     bounds = found(r"__launch_bounds__\(([^\n]*), 1\)\s+fused_gemm")
-    for (N, K), (layer, rows, digits) in itertools.product(FUSED_SHAPES, fused_ways(bits)):
-        how, about = fused_plan(N, K, rows, layer, gpu, digits), f"{gpu.name} {N=} {K=} {layer=} {rows=} {digits=}"
+    for (N, K), layer, rows in itertools.product(FUSED_SHAPES, fused_layers(bits), FUSED):
+        how, about = fused_plan(N, K, rows, layer, gpu), f"{gpu.name} {N=} {K=} {layer=} {rows=}"
         about += f" {[(name, getattr(how, name)) for name, _ in FusedPlan._fields_]}"
-        kernel = fused_launch(N, K, rows, layer, how, digits)
+        kernel = fused_launch(N, K, rows, layer, how)
         groups = how.k_groups * how.n_groups
         assert min(getattr(how, name) for name, _ in FusedPlan._fields_) >= 1, about
         assert not kernel["refused"], about
@@ -559,7 +548,7 @@ def test_fused_plans_fit(gpu, bits):
         assert how.stages & (how.stages - 1) == 0, f"{about}: stages are counted by masks"
         assert groups * how.stages <= min(32, names["MOST_STAGES"]), f"{about}: a lane for every barrier"
         assert how.slots <= min(32, names["MOST_SLOTS"]), about
-        assert groups <= most_groups(rows, bits, digits), about
+        assert groups <= lutq.cuda.MOST_GROUPS[rows], about
         assert how.builders <= 3, about
         assert kernel["z_slot"] % 128 == kernel["z_scales"] % 128 == kernel["z_stage"] % 16 == 0, about
         # all panels and units, and none without work
@@ -575,13 +564,12 @@ def test_fused_plans_fit(gpu, bits):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_a_fused_plan_needs_what_the_kernel_asks_for(bits):
     """To the byte: with as much shared memory it is made again, with one byte less it is not."""
-    for (N, K), (layer, rows, digits) in itertools.product(FUSED_SHAPES[::3], fused_ways(bits)):
-        how, about = fused_plan(N, K, rows, layer, H200, digits), f"{N=} {K=} {layer=} {rows=} {digits=}"
-        needed = fused_launch(N, K, rows, layer, how, digits)["bytes"]
-        assert bytes(fused_plan(N, K, rows, layer, H200._replace(shared=needed), digits)) == bytes(how), f"{about} {needed=}"
+    for (N, K), layer, rows in itertools.product(FUSED_SHAPES[::3], fused_layers(bits), FUSED):
+        how, about = fused_plan(N, K, rows, layer, H200), f"{N=} {K=} {layer=} {rows=}"
+        needed = fused_launch(N, K, rows, layer, how)["bytes"]
+        assert bytes(fused_plan(N, K, rows, layer, H200._replace(shared=needed))) == bytes(how), f"{about} {needed=}"
         with contextlib.suppress(LutqError):
-            less = fused_plan(N, K, rows, layer, H200._replace(shared=needed - 1), digits)
-            assert bytes(less) != bytes(how), f"{about} {needed=}"
+            assert bytes(fused_plan(N, K, rows, layer, H200._replace(shared=needed - 1))) != bytes(how), f"{about} {needed=}"
 
 
 def test_fused_shared_bytes_by_hand():
@@ -606,16 +594,9 @@ def test_the_constants_are_those_of_fused_gemm():
     names, ours = fused_constants(), lutq.cuda
     assert (names["BARRIER_BYTES"], names["KEPT_STRIDE"]) == (ours.BARRIER_BYTES, ours.KEPT_STRIDE)
     assert names["BARRIER_BYTES"] >= 2 * 8 * (names["MOST_STAGES"] + names["MOST_SLOTS"]), "two barriers of 8 bytes for each"
-    cases = re.findall(r"case (\d+): return launch<BITS, GRID, H, \1, false>", SOURCES["fused_gemm.cuh"])
-    assert tuple(map(int, cases)) == FUSED
+    assert tuple(map(int, re.findall(r"case (\d+): return launch<BITS, GRID, H, \1>", SOURCES["fused_gemm.cuh"]))) == FUSED
     assert found(r"plan\.builders > (\d+)\)\s+return") == str(ours.BUILDERS)
     assert {rows: kernel_most_groups(rows) for rows in FUSED} == ours.MOST_GROUPS
-    takes = found(r"(?s)constexpr bool takes_digits\(int bits, int grid, int rows\) \{\s+return ([^;]*);")
-    for layer, rows in itertools.product((layer for bits in (1, 2, 3, 4) for layer in fused_layers(bits)), FUSED):
-        given = {"bits": layer.bits, "grid": GRIDS[layer.grid], "rows": rows, "UNIFORM": GRIDS["uniform"]}
-        assert takes_digits(layer, rows) == (layer.group % 128 == 0 and value(takes, given)), f"{layer=} {rows=}"
-        if takes_digits(layer, rows):
-            assert most_groups(rows, layer.bits, True) == kernel_most_groups(rows, layer.bits), f"{layer=} {rows=}"
 
 
 def test_records_of_fused_gemm():
@@ -747,12 +728,11 @@ class StandIn:
             slab[: a.N] = W[:, part] @ x[0, part].double()
         return 0
 
-    def fused_gemm(self, bits, reference, mode, how, digits, stream):
+    def fused_gemm(self, bits, reference, mode, how, stream):
         a = reference._obj
         assert mode in FUSED, f"{mode=}"
-        assert not digits or a.group % 128 == 0, f"{a.group=}"
         assert list(DTYPES)[a.x_dtype] in (torch.float16, torch.bfloat16), f"{a.x_dtype=}"
-        return self.product("digits" if digits else "fused_gemm", bits, a, mode, bytes(how._obj))
+        return self.product("fused_gemm", bits, a, mode, bytes(how._obj))
 
     def rows(self, kernel, bits, a, mode, how):
         """x of a launch."""
@@ -886,25 +866,6 @@ def test_up_to_how_many_rows(stand_in, monkeypatch, limit, most):
         for rows in (M, M + 1):
             calls = launches_of(stand_in, torch.ones(rows, FEW_INPUTS, dtype=dtype), ready, layer)
             assert (calls == DENSE) == (rows > M), f"{limit=} {gpu.name} {dtype=} {rows=} {calls=}"
-
-
-def test_where_digits_pay(stand_in, monkeypatch):
-    """For whole multiples of 128 and few rows, and where they were measured to; a row of x then has one mode as otherwise."""
-    monkeypatch.setattr(lutq.cuda, "digits_pay", lambda name, grid, bits, rows: (bits, rows) != (2, 16))
-    few, all_rows = {16: "digits"}, dict.fromkeys((16, 32, 64), "fused_gemm")
-    for layer, expected in (
-        (LayerConfig(3, 128), all_rows | few),
-        (LayerConfig(3, 128, "uniform"), all_rows | few),
-        (LayerConfig(4, 0, "uniform"), all_rows | few | {32: "digits"}),
-        (LayerConfig(4, 256, "uniform"), all_rows | few | {32: "digits"}),
-        (LayerConfig(2, 128), all_rows),
-        (LayerConfig(3, 64), all_rows),
-        (LayerConfig(4, 128), all_rows),
-    ):
-        ready = prepack(random_packed(33, FEW_INPUTS, layer), layer)
-        for mode, kernel in expected.items():
-            calls = launches_of(stand_in, torch.ones(mode, FEW_INPUTS).half(), ready, layer)
-            assert calls == [(kernel, mode, mode)], f"{layer=} {mode=} {calls=}"
 
 
 def test_a_mode_has_one_plan(stand_in):

@@ -211,47 +211,6 @@ def test_fused(bits, grid, offsets):
     verdict.check()
 
 
-def by_digits(made, x, rows, gpu, bias=None):
-    """y fp32 [M, N] of a Layer by fused_gemm with x as digits, in a mode."""
-    y = torch.full((len(x), made.N), float("nan"), device=DEVICE)
-    arguments = lutq.cuda.arguments(lutq.cuda.aligned(x), made.ready, bias, y, made.layer)
-    lutq.cuda.run_fused(lutq.cuda.kernels(torch.device(DEVICE, 0)), arguments, rows, made.layer, gpu, digits=True)
-    return y
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize(("grid", "offsets"), GRIDS)
-def test_digits(bits, grid, offsets):
-    """x rounded to integers of 16 bits: in every mode, with any tail, whatever the launch, with outliers; a row has the same bits
-    whatever the others are; what is not finite stays so.
-    """
-    gpu = lutq.cuda.properties(torch.device(DEVICE, 0))
-    modes = [rows for rows in lutq.cuda.FUSED if lutq.cuda.takes_digits(LayerConfig(bits, 128, grid, offsets), rows)]
-    if not (gpu.fused and modes):
-        pytest.skip("digits need a GPU of compute capability 9.0, and 4 bits a uniform grid")
-    verdict, few = Verdict(), gpu._replace(processors=3)
-    shapes = [(1, 300, 128), (64, 256, 128), (100, 576, 384), (130, 1000, 256), (200, 2080, 0), (700, 4096, 128)]
-    for (N, K, group), dtype in itertools.product(shapes, DTYPES[:2]):
-        made = Layer(N, K, LayerConfig(bits, group, grid, offsets), seed=N)
-        for rows, processors in itertools.product(modes, (gpu, few)):
-            for M in (1, rows // 2 + 1, rows):
-                x, bias = draw((M, K), dtype, seed=M), draw((N,), dtype, seed=N)
-                about = f"{N}x{K} {group=} {dtype} {rows=} {M=} on {processors.processors}"
-                y = by_digits(made, x, rows, processors, bias)
-                verdict.add(made.errors(y, x, bias), ROUNDED, about)
-                assert torch.equal(y[:1], by_digits(made, x[:1], rows, processors, bias)), about
-                x[-1, K // 3] *= 1e3
-                verdict.add(made.errors(by_digits(made, x, rows, processors), x), ROUNDED, f"{about}, an outlier")
-                x = x * 1e-6
-                verdict.add(made.errors(by_digits(made, x, rows, processors), x), ROUNDED, f"{about}, tiny")
-            for bad in (float("inf"), float("nan")):
-                x[0, K // 2] = bad
-                y = by_digits(made, x, rows, processors)
-                assert not torch.isfinite(y[0]).any(), f"{about} {bad=}"
-                assert torch.isfinite(y[1:]).all(), f"{about} {bad=}"
-    verdict.check()
-
-
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize(("grid", "offsets"), GRIDS)
 def test_gemv(bits, grid, offsets):
