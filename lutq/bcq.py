@@ -48,7 +48,8 @@ def patterns(bits: int, device: torch.device) -> torch.Tensor:
 
 def planes_of(numbers: torch.Tensor, bits: int) -> torch.Tensor:
     """Planes bool [b, ...] of integers or numbers of sign patterns [...], the most significant bit first."""
-    return torch.stack([((numbers >> shift) & 1).bool() for shift in range(bits - 1, -1, -1)])
+    shifts = torch.arange(bits - 1, -1, -1, dtype=numbers.dtype, device=numbers.device)
+    return ((numbers >> shifts.view(-1, *[1] * numbers.dim())) & 1).bool()
 
 
 def nearest(w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +190,9 @@ def alternating(
 
     Every iterate is judged as it would be stored, after rounding to fp16, so the result is never worse than a start.
     """
-    judge = judge_on_gpu if gpu_fit.usable(w) else judge_grid
+    judge = judge_grid
+    if gpu_fit.usable(w):
+        judge, w, whiten = judge_on_gpu, w.contiguous(), whiten if whiten is None else whiten.contiguous()
     grids = starts(w, bits, has_offsets, start, whiten)
     best = Best(*storable(*grids[0]), torch.full_like(w[:, 0], torch.inf))
     for grid in grids:
@@ -223,7 +226,7 @@ def judge_grid(
 def judge_on_gpu(
     w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, whiten: torch.Tensor | None, best: Best
 ) -> tuple[torch.Tensor, Refitted]:
-    """`judge_grid` by a kernel, which refits at once."""
-    w, scales, offsets, whiten = (t if t is None else t.contiguous() for t in (w, scales, offsets, whiten))
-    error, *refitted = gpu_fit.alternate(w, scales, offsets, whiten, best)
+    """`judge_grid` by a kernel, which refits at once; w and whiten contiguous."""
+    offsets = offsets if offsets is None else offsets.contiguous()
+    error, *refitted = gpu_fit.alternate(w, scales.contiguous(), offsets, whiten, best)
     return error, lambda: refitted
