@@ -8,10 +8,15 @@ The second model is a directory that scripts/smollm2.py makes.
 Protocol `raw`, WikiText-2 test, fp32. Every figure goes through the whole path: `lutq.quantize_checkpoint` to a directory,
 `lutq.load`, `lutq.evaluate.measure`. Rows that the file already holds from the same environment are kept, so an interrupted
 run goes on. Then `python scripts/quality_report.py` renews the README's tables and the plot.
+
+With `--work DIR` checkpoints are put there and stay: one that is there is only measured, and an unfinished one goes on.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -55,6 +60,20 @@ def figures_of(report: Report) -> dict[str, Any]:
     return figures
 
 
+def quantize(path: Path, folder: Path, config: QuantConfig, device: str) -> dict[str, Any]:
+    """Put the quantized model into `folder`, unless one of the same settings is there; returns what the run reported, which is in
+    a file beside it.
+    """
+    file, settings = folder.with_suffix(".json"), json.loads(json.dumps(dataclasses.asdict(config)))
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if kept.get("settings") != settings or kept.get("source") != str(path):
+        file.unlink(missing_ok=True)
+        report = quantize_checkpoint(path, folder, config, device=device, overwrite=folder.exists())
+        kept = {"source": str(path), "settings": settings, "figures": figures_of(report)}
+        file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return kept["figures"]
+
+
 def plain(model: Any) -> Any:
     """The same model with ordinary Linear layers of the dequantized weights, which a CPU runs faster."""
     for name, module in list(model.named_modules()):
@@ -75,21 +94,24 @@ def main() -> None:
     parser.add_argument("--recipe-settings", nargs="+", default=[], metavar="NAME=VALUE", help="instead of those of the recipes")
     parser.add_argument("--max-windows", type=int, help="perplexity of so many windows, with that of all beside it")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--work", type=Path, help="keep checkpoints there")
     arguments = parser.parse_args()
     overrides = {name: json.loads(value) for name, _, value in (setting.partition("=") for setting in arguments.recipe_settings)}
     path, tokenizer, text, settings = prepare(arguments.model, "raw", arguments.device)
     name = settings["model"]
     settings["max_windows"] = arguments.max_windows
+    if arguments.work:
+        arguments.work.mkdir(parents=True, exist_ok=True)
     suffix = f"-first{arguments.max_windows}" if arguments.max_windows else ""
 
     def measure_row(row: str, bits: float, group: int) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder:
+        with contextlib.nullcontext(arguments.work) if arguments.work else tempfile.TemporaryDirectory() as folder:
             figures, directory = {"bits_per_weight": 16.0, "whole_model": 16.0}, path
             if row != "fp16":
                 recipe = row.split()[0] if row.startswith("best") else None
                 config = make_config(recipe, **overrides) if recipe else QuantConfig(bits=bits, group=group, **STAGES[row])
-                report = quantize_checkpoint(path, Path(folder) / "out", config, device=arguments.device)
-                figures, directory = figures_of(report), report.out
+                directory = Path(folder) / re.sub(r"[^\w=-]+", "_", f"{row} {config.bits} {config.group}")
+                figures = quantize(path, directory, config, arguments.device)
             model = plain(load(directory, device=arguments.device, dtype="float32"))
             ppl = measure(model, tokenizer, text, name, "raw", arguments.max_windows, progress=False)
             figures |= {"ppl": ppl.perplexity, "windows": ppl.windows}

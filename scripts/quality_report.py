@@ -14,10 +14,11 @@ def markdown(result: dict[str, Any]) -> str:
     records = result["records"]
     fp16 = next(record for record in records if record["row"] == "fp16")
     groups = {record["group"] for record in records if record["row"] != "fp16" and not record["row"].startswith("best")}
+    windows = f"first {fp16['windows']} / all {fp16['windows_all']}" if "windows_all" in fp16 else fp16["windows"]
     plain = "".join(f", g = {group} but for recipes" for group in sorted(groups))
     bits = sorted({record["bits"] for record in records} - {16}, reverse=True)
     lines = [
-        f"**{result['model']}**{plain}, fp16 {fp16['ppl']:.2f} ({settings_of(result, fp16['windows'])}):",
+        f"**{result['model']}**{plain}, fp16 {perplexities(fp16)} ({settings_of(result, windows)}):",
         "",
         "| recipe or flags | " + " | ".join(f"{b:g} bits" for b in bits) + " |",
         "|---|" + "---|" * len(bits),
@@ -27,9 +28,14 @@ def markdown(result: dict[str, Any]) -> str:
         if record["row"] != "fp16":
             rows.setdefault(flags_of(record["row"]), {})[record["bits"]] = record
     for name, cells in sorted(rows.items(), key=lambda entry: entry[0].startswith("`--recipe")):
-        figures = " | ".join(f"{number(cells[b]['ppl'])} ({cells[b]['bits_per_weight']:.2f})" if b in cells else "" for b in bits)
+        figures = " | ".join(f"{perplexities(cells[b])} ({cells[b]['bits_per_weight']:.2f})" if b in cells else "" for b in bits)
         lines.append(f"| {name} | {figures} |")
     return "\n".join(lines)
+
+
+def perplexities(record: dict[str, Any]) -> str:
+    """Of a record's first windows and, where that was measured, too, of all."""
+    return " / ".join(number(record[name]) for name in ("ppl", "ppl_all") if name in record)
 
 
 def flags_of(row: str) -> str:

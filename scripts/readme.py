@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
 
 
-def settings_of(result: dict[str, Any], windows: int) -> str:
-    """What a result's figures are of, for a table of `scripts/measured.py`'s records."""
+def settings_of(result: dict[str, Any], windows: str | int) -> str:
+    """What a result's figures are of, for a table of `scripts/measured.py`'s records; windows: their number, or in words."""
     device = result["device"].removeprefix("NVIDIA ")
     return (
         f"{result['dataset']}, protocol `{result['protocol']}`, {windows} windows, {result['dtype']} on {device}, "
