@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
     ("script", "results"),
     [
         ("perplexity_report", 2),
-        ("quality_report", 1),
+        ("quality_report", 2),
         ("precisions_report", 1),
         ("residual_report", 1),
         ("cpu_report", 1),
