@@ -2,6 +2,7 @@
 //
 // A warp takes 128 inputs of a tile. Lane 4 r + q holds 8 of every 32 inputs of rows r and r + 8, 4 of them in each half
 // of 16 bytes; it trades halves with its neighbour so that both store 16 bytes of a row.
+#include "launch.cuh"
 #include "layout.cuh"
 
 namespace {
@@ -104,11 +105,5 @@ template <int BITS> int launch(const Linear& a, int first, int last, cudaStream_
 
 // Tiles [first, last) of W to y [rows, K] in y_dtype (fp16 or fp32), y beginning at row 16 first. Returns a cudaError_t.
 extern "C" int lutq_dequantize(const Linear* a, int first, int last, cudaStream_t stream) {
-  switch (a->bits) {
-    case 1: return launch<1>(*a, first, last, stream);
-    case 2: return launch<2>(*a, first, last, stream);
-    case 3: return launch<3>(*a, first, last, stream);
-    case 4: return launch<4>(*a, first, last, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_constant<4>(a->bits, [&](auto bits) { return launch<bits>(*a, first, last, stream); });
 }

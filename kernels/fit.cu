@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "launch.cuh"
+
 struct GridSearch {
   const float *w, *whiten;  // [R, g]; [g] or null
   float *scales, *center;   // [R], results
@@ -306,13 +308,7 @@ bool valid(const Matrix& a) { return a.N > 0 && a.K > 0 && (a.g >= a.K || a.g % 
 // A warp a group: codes, or gradients.
 int launch_groups(const Matrix& a, bool codes, cudaStream_t stream) {
   if (!valid(a)) return cudaErrorInvalidValue;
-  switch (a.bits) {
-    case 1: return launch<1>(a, codes, stream);
-    case 2: return launch<2>(a, codes, stream);
-    case 3: return launch<3>(a, codes, stream);
-    case 4: return launch<4>(a, codes, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_constant<4>(a.bits, [&](auto bits) { return launch<bits>(a, codes, stream); });
 }
 
 }  // namespace
@@ -326,25 +322,12 @@ extern "C" int lutq_search_grid(const GridSearch* a, cudaStream_t stream) {
 
 extern "C" int lutq_alternate(const Round* a, cudaStream_t stream) {
   if (a->R < 1) return cudaErrorInvalidValue;
-  switch (a->bits) {
-    case 1: return launch<1>(*a, stream);
-    case 2: return launch<2>(*a, stream);
-    case 3: return launch<3>(*a, stream);
-    case 4: return launch<4>(*a, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_constant<4>(a->bits, [&](auto bits) { return launch<bits>(*a, stream); });
 }
 
 extern "C" int lutq_solve_systems(const Systems* a, cudaStream_t stream) {
   if (a->R < 1) return cudaErrorInvalidValue;
-  switch (a->n) {
-    case 1: return launch<1>(*a, stream);
-    case 2: return launch<2>(*a, stream);
-    case 3: return launch<3>(*a, stream);
-    case 4: return launch<4>(*a, stream);
-    case 5: return launch<5>(*a, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_constant<5>(a->n, [&](auto n) { return launch<n>(*a, stream); });
 }
 
 extern "C" int lutq_make_weights(const Matrix* a, cudaStream_t stream) {

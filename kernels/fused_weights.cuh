@@ -14,6 +14,23 @@ constexpr int PRODUCTS = BLOCK / 16;       // of them
 // Whether weights are made from numbers rather than from tables of levels.
 __host__ __device__ constexpr bool by_number(int bits, int grid) { return bits == 4 && grid == UNIFORM; }
 
+// Two words of a lone plane. codes: those of a pair of planes, which in odd rows has changed its blocks over.
+template <int BITS> __device__ __forceinline__ uint2 load_lone(uint32_t codes, int lane) {
+  const int odd = lane >> 2 & 1;
+  return load_shared2((codes ^ odd * 64) + (BITS - 1) * ROW_BYTES - odd * (ROW_BYTES - 8));
+}
+// Zero points of rows r (low byte) and r + 8. record: of the tile, at row r in fields of 4 bytes a row.
+__device__ __forceinline__ uint16_t load_points(uint32_t record, int lane) {
+  uint16_t points;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(points) : "r"(record + 32 - (lane >> 2) * 2));
+  return points;
+}
+// Numbers of 4 bits, of the first and the second inputs of pairs, from words of the planes 2 and 0 and of 3 and 1.
+__device__ __forceinline__ void to_nibbles(uint32_t twos, uint32_t ones, uint32_t (&nibbles)[2]) {
+  nibbles[0] = (twos << 1 & 0xaaaaaaaau) | (ones & 0x55555555u);
+  nibbles[1] = (twos & 0xaaaaaaaau) | (ones >> 1 & 0x55555555u);
+}
+
 // The levels of a group in a row, as bytes. Index bits 0 and 2 are the signs of a pair of planes, bit 1 that of a third one.
 struct Levels {
   uint32_t low[2], high[2];  // indices 0 to 3, 4 to 7

@@ -2,6 +2,14 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
+// Call `act` with n as a constant, of 1 to MOST; what it returns, or a cudaError_t for any other n.
+template <int MOST, class Act> int with_constant(int n, const Act& act) {
+  if constexpr (MOST == 0) return cudaErrorInvalidValue;
+  else return n == MOST ? act(std::integral_constant<int, MOST>()) : with_constant<MOST - 1>(n, act);
+}
+
 // A kernel that may begin before the previous one ends (programmatic dependent launch), in clusters of `split` blocks. Returns a
 // cudaError_t.
 template <class... Parameters, class... Arguments>

@@ -1,4 +1,4 @@
-// Products of a warpgroup (wgmma, on Hopper), and what they and their weights are made with.
+// Products of a warpgroup (wgmma, on Hopper), and what feeds them.
 #pragma once
 #include "layout.cuh"
 
@@ -29,23 +29,6 @@ __device__ __forceinline__ uint32_t permute(uint32_t x, uint32_t y, uint32_t sel
   uint32_t v;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(x), "r"(y), "r"(selector));
   return v;
-}
-
-// Two words of a lone plane. codes: those of a pair of planes, which in odd rows has changed its blocks over.
-template <int BITS> __device__ __forceinline__ uint2 load_lone(uint32_t codes, int lane) {
-  const int odd = lane >> 2 & 1;
-  return load_shared2((codes ^ odd * 64) + (BITS - 1) * ROW_BYTES - odd * (ROW_BYTES - 8));
-}
-// Zero points of rows r (low byte) and r + 8. record: of the tile, at row r in fields of 4 bytes a row.
-__device__ __forceinline__ uint16_t load_points(uint32_t record, int lane) {
-  uint16_t points;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(points) : "r"(record + 32 - (lane >> 2) * 2));
-  return points;
-}
-// Numbers of 4 bits, of the first and the second inputs of pairs, from words of the planes 2 and 0 and of 3 and 1.
-__device__ __forceinline__ void to_nibbles(uint32_t twos, uint32_t ones, uint32_t (&nibbles)[2]) {
-  nibbles[0] = (twos << 1 & 0xaaaaaaaau) | (ones & 0x55555555u);
-  nibbles[1] = (twos & 0xaaaaaaaau) | (ones >> 1 & 0x55555555u);
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -42,8 +42,7 @@ Refitted = Callable[[], Sequence[torch.Tensor | None]]  # scales [b, R], offsets
 
 def patterns(bits: int, device: torch.device) -> torch.Tensor:
     """All sign patterns, bool [2^b, b]; plane 0 is the most significant bit of the row number."""
-    number = torch.arange(2**bits, device=device)
-    return ((number[:, None] >> torch.arange(bits - 1, -1, -1, device=device)) & 1).bool()
+    return planes_of(torch.arange(2**bits, device=device), bits).T.contiguous()
 
 
 def planes_of(numbers: torch.Tensor, bits: int) -> torch.Tensor:
@@ -192,7 +191,7 @@ def alternating(
     """
     judge = judge_grid
     if gpu_fit.usable(w):
-        judge, w, whiten = judge_on_gpu, w.contiguous(), whiten if whiten is None else whiten.contiguous()
+        judge, w, whiten = judge_on_gpu, w.contiguous(), gpu_fit.contiguous(whiten)
     grids = starts(w, bits, has_offsets, start, whiten)
     best = Best(*storable(*grids[0]), torch.full_like(w[:, 0], torch.inf))
     for grid in grids:
@@ -227,6 +226,5 @@ def judge_on_gpu(
     w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, whiten: torch.Tensor | None, best: Best
 ) -> tuple[torch.Tensor, Refitted]:
     """`judge_grid` by a kernel, which refits at once; w and whiten contiguous."""
-    offsets = offsets if offsets is None else offsets.contiguous()
-    error, *refitted = gpu_fit.alternate(w, scales.contiguous(), offsets, whiten, best)
+    error, *refitted = gpu_fit.alternate(w, scales.contiguous(), gpu_fit.contiguous(offsets), whiten, best)
     return error, lambda: refitted

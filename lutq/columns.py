@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from lutq import bcq
-from lutq.ops import working_backend
+from lutq import bcq, gpu_fit
 
 TILE = 64  # inputs of a launch at most, of kernels/columns.cu
 
@@ -54,7 +53,7 @@ def round_columns(
 
     Returns the positions of the levels, int64 [g, N], and r, fp32 [g, N].
     """
-    if wanted.is_cuda and working_backend("auto", wanted.device) == "cuda":
+    if gpu_fit.usable(wanted):
         return round_on_gpu(wanted, factors, levels, q)
     positions, r = torch.empty_like(wanted, dtype=torch.int64), torch.empty_like(wanted)
     for j in range(len(wanted)):
@@ -82,21 +81,17 @@ def round_on_gpu(
     wanted: torch.Tensor, factors: torch.Tensor, levels: Levels, q: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`round_columns` by the kernel, a tile of inputs at a time; what a tile leaves to the later ones is an ordinary product."""
-    from lutq.cuda import kernels, start
-
     g, N = wanted.shape
     wanted, factors = wanted.clone(memory_format=torch.contiguous_format), factors.contiguous()
     values, middles = levels.values.contiguous(), levels.middles.contiguous()
     q = None if q is None else q.contiguous()
     positions, r = torch.empty_like(wanted, dtype=torch.int64), torch.empty_like(wanted)
-    entry = kernels(wanted.device).lutq_round_columns
-    with torch.cuda.device(wanted.device):
-        for begin in range(0, g, TILE):
-            end = min(begin + TILE, g)
-            here = slice(begin, end)
-            tile = (wanted[here], None if q is None else q[here], factors[here, here], values, middles, positions[here], r[here])
-            pointers = (None if tensor is None else tensor.data_ptr() for tensor in tile)
-            start(entry, ColumnPass(*pointers, N, end - begin, g, len(values)))
-            if end < g:
-                wanted[end:].addmm_(factors[here, end:].T, r[here], alpha=-1)
+    for begin in range(0, g, TILE):
+        end = min(begin + TILE, g)
+        here = slice(begin, end)
+        tile = (wanted[here], None if q is None else q[here], factors[here, here], values, middles, positions[here], r[here])
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in tile)
+        gpu_fit.run("lutq_round_columns", ColumnPass(*pointers, N, end - begin, g, len(values)), wanted.device)
+        if end < g:
+            wanted[end:].addmm_(factors[here, end:].T, r[here], alpha=-1)
     return positions, r

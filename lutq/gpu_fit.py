@@ -60,6 +60,11 @@ def usable(tensor: torch.Tensor) -> bool:
     )
 
 
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A contiguous tensor; None for None."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def address(tensor: torch.Tensor | None) -> int | None:
     """Of a contiguous tensor; None for None."""
     assert tensor is None or tensor.is_contiguous()
@@ -67,7 +72,7 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 
 def run(name: str, a: ctypes.Structure, device: torch.device) -> None:
-    """Launch an entry point of kernels/fit.cu on the current stream of a GPU."""
+    """Launch an entry point of the library that takes `a` alone on the current stream of a GPU."""
     from lutq.cuda import kernels, start
 
     with torch.cuda.device(device):
@@ -78,7 +83,7 @@ def search_grid(
     w: torch.Tensor, bits: int, symmetric: bool, ranges: int, lowest: float, whiten: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`lutq.uniform.search_grid` of w fp32 [R, g]: scales and center, both [R]."""
-    w, whiten = w.contiguous(), None if whiten is None else whiten.float().contiguous()
+    w, whiten = w.contiguous(), contiguous(whiten)
     scales, center = torch.empty_like(w[:, 0]), torch.empty_like(w[:, 0])
     pointers = (address(tensor) for tensor in (w, whiten, scales, center))
     run("lutq_search_grid", GridSearch(*pointers, *w.shape, bits, symmetric, ranges, lowest), w.device)
@@ -120,7 +125,7 @@ def run_matrix(name: str, codes: torch.Tensor, K: int, g: int, **tensors: torch.
 def make_weights(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, K: int, g: int) -> torch.Tensor:
     """The weights fp32 [N, K] of codes int32 [b, N, words], scales fp32 [b, N, G], offsets fp32 [N, G] or None in groups of g."""
     w = torch.empty(codes.shape[1], K, device=codes.device)
-    grid = {"scales": scales.contiguous(), "offsets": None if offsets is None else offsets.contiguous()}
+    grid = {"scales": scales.contiguous(), "offsets": contiguous(offsets)}
     run_matrix("lutq_make_weights", codes.contiguous(), K, g, weights=w, **grid)
     return w
 
@@ -141,6 +146,6 @@ def nearest_codes(w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor |
     """Codes int32 [b, N, words] of the levels nearest to w fp32 [N, K], of a grid as `make_weights` takes it."""
     N, K = w.shape
     codes = torch.empty(len(scales), N, -(-K // 32), dtype=torch.int32, device=w.device)
-    grid = {"scales": scales.contiguous(), "offsets": None if offsets is None else offsets.contiguous()}
+    grid = {"scales": scales.contiguous(), "offsets": contiguous(offsets)}
     run_matrix("lutq_nearest_codes", codes, K, g, weights=w.contiguous(), **grid)
     return codes
