@@ -1,8 +1,9 @@
 """How long the products of a model take with one row of x, by their sizes and how they are stored, measured on a device.
 
 On a GPU these are lutq's kernels as `lutq bench kernel` times them (lutq/timing.py): random weights, CUDA graphs, no weight in
-the L2 cache. Elsewhere they are the reference's products, one after the other. Times of a run are kept in its journal, because
-a second measurement gives other figures and then other choices.
+the L2 cache. Elsewhere they are products of a quantized layer by the backend that `auto` is there, one after the other, always
+of the same weights, which stay in the processor's caches where these are large enough. Times of a run are kept in its journal,
+because a second measurement gives other figures and then other choices.
 """
 
 import statistics
@@ -88,7 +89,7 @@ def measure(products: Iterable[Product], device: torch.device, journal: Journal)
             N, K, layer = product
             bar.set_description(f"{N}x{K}, {layer.bits} bits, groups of {layer.group or K}", refresh=False)
             with out_of_memory(lambda N=N, K=K: f"timing {N}x{K} needs its weights several times: use a device with more memory"):
-                us = time_kernel(product, device) if backend == "cuda" else time_plain(product, device)
+                us = time_kernel(product, device) if backend == "cuda" else time_plain(product, device, backend)
             ns[product] = round(1000 * us)
     times = Times(name, backend, ns)
     journal.add({"unit": UNIT, **to_json(times)})
@@ -107,13 +108,13 @@ def time_kernel(product: Product, device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def time_plain(product: Product, device: torch.device) -> float:
-    """Microseconds of a product by the reference, in the dtype that it has there: the median of single ones."""
+def time_plain(product: Product, device: torch.device, backend: str) -> float:
+    """Microseconds of a product by `backend`, in the dtype that x has there: the median of single ones."""
     from lutq.trial import random_packed
 
     N, K, layer = product
     module = LutLinear.from_packed(random_packed(N, K, layer, device), K, layer)
-    module.backend = "reference"
+    module.backend = backend
     x = torch.randn(1, K, device=device, dtype=torch.float32 if device.type == "cpu" else torch.float16)
     times: list[float] = []
     while len(times) <= FEWEST or sum(times) < PLAIN_SECONDS:

@@ -27,7 +27,7 @@ def short_books(monkeypatch):
     monkeypatch.setattr(calib, "calibration_text", lambda _: (text[:6000], source))
 
 
-def steady(product, _):
+def steady(product, *_):
     """A time in us that depends on the product alone, more for more bits and for more groups."""
     return product.N * product.K * (product.layer.bits + 20 / (product.layer.group or product.K)) / 1e3
 

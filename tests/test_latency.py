@@ -10,13 +10,14 @@ from lutq import latency
 from lutq.config import LayerConfig
 from lutq.journal import Journal, StaleRunError
 from lutq.latency import Product, Times, from_json, measure, record, time_plain, to_json, words
+from lutq.ops import BACKENDS
 
 LAYERS = [LayerConfig(2, 64), LayerConfig(4, 0, "uniform"), LayerConfig(1, 32, offsets=False), LayerConfig(3, 128)]
 
 
 def test_each_product_is_measured_once_and_kept(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(latency, "time_plain", lambda product, device: calls.append(product) or 1.5 * len(calls))
+    monkeypatch.setattr(latency, "time_plain", lambda product, *_: calls.append(product) or 1.5 * len(calls))
     products = [Product(N, 96, layer) for N in (64, 96) for layer in LAYERS]
     journal = Journal(tmp_path, {}, "")
     first = measure(iter(products + products), torch.device("cpu"), journal)
@@ -33,7 +34,7 @@ def test_each_product_is_measured_once_and_kept(tmp_path, monkeypatch):
 
 
 def test_times_of_another_device_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "time_plain", lambda product, device: 1.0)
+    monkeypatch.setattr(latency, "time_plain", lambda *_: 1.0)
     journal = Journal(tmp_path, {}, "start again")
     measure([Product(64, 96, LAYERS[0])], torch.device("cpu"), journal)
     journal.close()
@@ -48,8 +49,20 @@ def test_times_of_another_device_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_a_larger_product_takes_longer(layer):
-    small, large = (time_plain(Product(size, size, layer), torch.device("cpu")) for size in (32, 2048))
-    assert 0 < small < large, f"{layer=} {small=} {large=}"
+    for backend in dict.fromkeys((CPU_BACKEND, "reference")):
+        small, large = (time_plain(Product(size, size, layer), torch.device("cpu"), backend) for size in (32, 2048))
+        assert 0 < small < large, f"{layer=} {backend=} {small=} {large=}"
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_what_is_timed_is_the_backend_on_record(tmp_path, monkeypatch, layer):
+    ran = set()
+    for name, multiply in BACKENDS.items():
+        monkeypatch.setitem(BACKENDS, name, lambda *given, name=name, multiply=multiply: ran.add(name) or multiply(*given))
+    journal = Journal(tmp_path, {}, "")
+    times = measure([Product(64, 96, layer)], torch.device("cpu"), journal)
+    journal.close()
+    assert ran == {times.backend} == {CPU_BACKEND}, f"{layer=}"
 
 
 def test_json_and_back():
