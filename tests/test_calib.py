@@ -1,10 +1,12 @@
 """Calibration text: which windows, from where, and what is refused in one sentence."""
 
+import textwrap
+
 import pytest
 import torch
 
-from lutq.calib import read_calibration, sample
-from lutq.data import load_text
+from lutq.calib import calibration_text, holds_test_text, read_calibration, sample
+from lutq.data import load_text, wikitext_rows
 from lutq.errors import LutqError
 from lutq.paths import ASSETS
 from lutq.tokens import load_tokenizer
@@ -38,9 +40,40 @@ def test_default_works_offline(tokenizer):
     assert record != read_calibration("books", tokenizer, 64, 1024, 1).record()
 
 
-def test_the_package_keeps_test_text_out(tokenizer):
-    test, books = load_text("wikitext2", "raw").text, (ASSETS / "books.txt").read_text(encoding="utf-8")
-    assert not {line for line in test.split("\n") if len(line) > 200} & set(books.split("\n"))
+def test_the_package_keeps_test_text_out():
+    test, books = load_text("wikitext2", "raw").text.split(), calibration_text("books")[0]
+    runs, words = {tuple(test[i : i + 12]) for i in range(len(test) - 11)}, books.split()
+    assert not any(tuple(words[i : i + 12]) in runs for i in range(len(words) - 11))
+    assert not holds_test_text(books)
+
+
+FORMS = {
+    "as it is": lambda text: text,
+    "rows": lambda text: "\n\n".join(wikitext_rows(text)),
+    "CRLF": lambda text: text.replace("\n", "\r\n"),
+    "stripped": lambda text: "\n".join(line.strip() for line in text.split("\n")),
+    "wrapped": lambda text: "\n".join(textwrap.fill(line, 120) for line in text.split("\n")),
+    "one line": lambda text: " ".join(text.split()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_test_text_is_refused_in_any_form(tmp_path, form):
+    text = load_text("wikitext2", "raw").text[:20_000]
+    file = tmp_path / "text.txt"
+    file.write_bytes(FORMS[form](text).encode())
+    with pytest.raises(LutqError, match="holds text of the WikiText-2 test split, which is for measuring"):
+        calibration_text(str(file))
+
+
+def test_a_few_lines_of_test_text_are_found_wherever_they_are():
+    test, books = load_text("wikitext2", "raw").text.split(), calibration_text("books")[0].split()[:5000]
+    for number in range(20):
+        begin = 1000 * (number + 1)
+        mixed = [*books[: 50 + number], *test[begin : begin + 39], *books[50 + number :]]
+        assert holds_test_text(" ".join(mixed)), f"{number=}"
+    assert not holds_test_text(" ".join(test[:19])), "too little to be told from other text"
+    assert not holds_test_text("")
 
 
 @pytest.mark.parametrize(
@@ -51,9 +84,8 @@ def test_the_package_keeps_test_text_out(tokenizer):
         (b" \n\n ", "is empty"),
         (b"too short", "less than one window of 64"),
         (b"\xff\xfe caf\xe9", "is not UTF-8"),
-        ((ASSETS / "wikitext2-raw-test.txt").read_bytes()[:20_000], "test split"),
     ],
-    ids=["missing", "empty", "blank", "short", "latin-1", "test split"],
+    ids=["missing", "empty", "blank", "short", "latin-1"],
 )
 def test_bad_text_is_refused(tokenizer, tmp_path, content, words):
     file = tmp_path / "text.txt"
