@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lutq.errors import LutqError
 from lutq.tunable import tunables
 
 TOKENS = 2048  # of an optimizer step
@@ -57,7 +58,8 @@ class Tuner:
     """An optimization of the tunable parameters of `module` by `loss`, one epoch at a time.
 
     count windows of `length` tokens; rate: a scale's largest step, relative to the root mean square of its layer's scales,
-    falling along a cosine over `epochs`. `state` and `restore` let it go on elsewhere bit for bit.
+    falling along a cosine over `epochs`. `state` and `restore` let it go on elsewhere bit for bit. Raises LutqError for a loss
+    that is NaN or infinite before the first step.
     """
 
     def __init__(self, module: torch.nn.Module, loss: Loss, count: int, length: int, epochs: int, rate: float, seed: int) -> None:
@@ -69,6 +71,8 @@ class Tuner:
         self.rates = [rate_of(p, rate) for p in self.parameters.values()]
         self.optimizer = torch.optim.Adam([{"params": [p]} for p in self.parameters.values()], lr=0.0, betas=BETAS)
         self.first = self.best_loss = mean_loss(loss, self.held_out, self.batch)
+        if not math.isfinite(self.first):
+            raise LutqError("the loss before tuning is NaN or infinite on the calibration text: give an undamaged model")
         self.best = self.snapshot()
 
     def snapshot(self) -> dict[str, torch.Tensor]:

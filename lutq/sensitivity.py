@@ -6,6 +6,7 @@ them. Where there are several groups to choose from, quick fits say first which 
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from lutq import solve
 from lutq.blocks import Blocks, visit_inputs
 from lutq.config import QuantConfig
+from lutq.errors import LutqError
 from lutq.fit import solve_layers
 from lutq.hessian import accumulate, damp
 from lutq.journal import Journal, fingerprint
@@ -102,7 +104,8 @@ def measure_unit(
 ) -> list[Choice]:
     """The choices of a unit in block i that are worth trying, with losses: all of them where only the bits differ.
 
-    hidden: what enters the block, final: what the original model's last block gives, [n, L, d].
+    hidden: what enters the block, final: what the original model's last block gives, [n, L, d]. Raises LutqError for predictions
+    that are NaN or infinite.
     """
     block, local = walk.blocks[i], [name.removeprefix(f"{walk.name(i)}.") for name in unit.names]
     linears = [block.get_submodule(name) for name in local]
@@ -136,6 +139,9 @@ def measure_unit(
             for j in range(i, len(walk)):
                 state = walk.run(walk.blocks[j], j, state)
             loss += divergence(walk.logits(state, {}), walk.logits(original, {})).item() * len(state) / len(hidden)
+        if not math.isfinite(loss):
+            tried = f"{', '.join(unit.names)} at {choice.words()}"
+            raise LutqError(f"the predictions with {tried} are NaN or infinite on the calibration text: give an undamaged model")
         found.append(choice._replace(loss=loss))
     for linear, W in zip(linears, originals, strict=True):
         linear.weight.data = W

@@ -4,7 +4,11 @@ import pytest
 import torch
 from conftest import random_packed
 
-from lutq.config import LayerConfig
+from lutq.blocks import Blocks
+from lutq.config import LayerConfig, QuantConfig
+from lutq.distill import distill
+from lutq.errors import LutqError
+from lutq.hf import load
 from lutq.pack import Nested, dequantize, to_tensors, unpack_bits
 from lutq.refine import Tuner, divergence, split_windows, tunable_parameters
 from lutq.tunable import Tunable, run_at
@@ -107,6 +111,26 @@ def test_never_ends_worse_than_it_began(rate):
     if rate == 5e-2:
         assert now < 0.95 * tuner.first, f"{tuner.first=} {now=}: it learns nothing"
     assert not any(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_is_tuned_by_what_is_no_number(value):
+    module, _, tuner = regression(1e-2)
+    losses = torch.ones(16).index_fill(0, tuner.held_out[:1], value)  # one window held out is enough
+    with pytest.raises(LutqError, match="the loss before tuning is NaN or infinite on the calibration text: give an undamaged"):
+        Tuner(module, lambda windows: losses[windows].mean(), 16, 512, 1, 1e-2, seed=0)
+
+
+def test_predictions_that_overflow_are_not_distilled(tiny):
+    walk = Blocks(load(tiny("llama"), device="cpu", dtype="float32"), torch.device("cpu"))
+    walk.model.model.norm.weight.fill_(3e38)  # behind the last Linear layer of the blocks: no Hessian sees it
+    windows = torch.randint(3, 4000, (2, 8), generator=torch.Generator().manual_seed(0))
+    hidden = walk.embed(windows)
+    for i, block in enumerate(walk.blocks):
+        hidden = walk.through(block, i, hidden)
+    assert torch.isfinite(hidden).all()
+    with pytest.raises(LutqError, match="the loss before tuning is NaN or infinite on the calibration text"):
+        distill(walk, windows, hidden, QuantConfig(distill=1), store=None)
 
 
 def test_goes_on_bit_for_bit():

@@ -9,6 +9,7 @@ from lutq.allocate import units_of
 from lutq.blocks import Blocks
 from lutq.calib import read_calibration
 from lutq.config import QuantConfig
+from lutq.errors import LutqError
 from lutq.fit import fit
 from lutq.hf import load
 from lutq.journal import Journal, StaleRunError
@@ -108,6 +109,20 @@ def test_what_is_in_the_journal_is_not_measured_again(tiny, tmp_path, monkeypatc
     walk.model.get_submodule(units[3].names[0]).weight.data[0, 0] += 1
     with pytest.raises(StaleRunError, match="the source changed since the unfinished run"):
         sensitivity.measure(walk, hidden, units, [0] * len(units), CONFIG, journal)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [("llama", "norm.weight", np.inf), ("llama", "norm.weight", 3e38), ("opt", "decoder.layers.1.fc2.bias", np.inf)],
+)
+def test_predictions_that_are_no_numbers_are_one_sentence(tiny, tmp_path, family, name, value):
+    walk, hidden, _, units = start(tiny(family), CONFIG)
+    walk.model.model.get_parameter(name).fill_(value)
+    journal = Journal(tmp_path, {}, "")
+    with pytest.raises(LutqError, match=r"q_proj.* at \d bits, g \d+ are NaN or infinite on the calibration text: give an"):
+        sensitivity.measure(walk, hidden, units, [0] * len(units), CONFIG, journal)
+    journal.close()
+    assert not Journal(tmp_path, {}, "").records, "nothing that a later run would go on with"
 
 
 def test_only_the_bits_differ_so_all_are_tried(tiny, tmp_path):
