@@ -25,7 +25,7 @@ import torch
 from measured import measure_rows, prepare
 from readme import RESULTS
 
-from lutq.config import QuantConfig, make_config
+from lutq.config import QuantConfig, make_config, read_recipe
 from lutq.evaluate import measure
 from lutq.hf import load
 from lutq.linear import LutLinear
@@ -36,12 +36,19 @@ FEEDBACK = {"method": "feedback", "calib_windows": 64}
 STAGES: dict[str, dict[str, Any]] = {
     "rtn --no-clip": {"method": "rtn", "clip": False},
     "rtn": {"method": "rtn"},
+    "greedy": {"method": "greedy"},
     "alternating": {},
     "feedback --rounds 0 --sweeps 0": FEEDBACK | {"rounds": 0, "sweeps": 0},
     "feedback --sweeps 0": FEEDBACK | {"sweeps": 0},
     "feedback": FEEDBACK,
     "feedback --calib own": FEEDBACK | {"calib": "own"},
     "feedback --end-loss": FEEDBACK | {"end_loss": True},
+    "feedback --scaling": FEEDBACK | {"scaling": True},
+    "feedback --scale-bits 8 --group 64": FEEDBACK | {"scale_bits": 8, "group": 64},
+    "feedback --refine 2": FEEDBACK | {"refine": 2},
+    "feedback --distill 2": FEEDBACK | {"distill": 2},
+    "feedback --distill 2 --flips": FEEDBACK | {"distill": 2, "flips": True},
+    "calibrated": read_recipe("calibrated"),
 }
 RECIPES = {4: "best-4bit", 3: "best-3bit", 2: "best-2bit", 2.5: "best-mixed"}
 
@@ -90,7 +97,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--bits", type=float, nargs="+", default=[4, 3, 2, 2.5], help="2.5 is the mixed recipe")
     parser.add_argument("--groups", type=int, nargs="+", default=[128])
-    parser.add_argument("--rows", nargs="+", default=["recipes", *STAGES], help="recipes, or names of stages")
+    parser.add_argument("--rows", nargs="+", default=["recipes", *STAGES], help="recipes (those of RECIPES), or names of STAGES")
     parser.add_argument("--recipe-settings", nargs="+", default=[], metavar="NAME=VALUE", help="instead of those of the recipes")
     parser.add_argument("--max-windows", type=int, help="perplexity of so many windows, with that of all beside it")
     parser.add_argument("--device", default="auto")
@@ -109,7 +116,8 @@ def main() -> None:
             figures, directory = {"bits_per_weight": 16.0, "whole_model": 16.0}, path
             if row != "fp16":
                 recipe = row.split()[0] if row.startswith("best") else None
-                config = make_config(recipe, **overrides) if recipe else QuantConfig(bits=bits, group=group, **STAGES[row])
+                stage = {"group": group} | STAGES.get(row, {}) | {"bits": bits}
+                config = make_config(recipe, **overrides) if recipe else QuantConfig(**stage)
                 directory = Path(folder) / re.sub(r"[^\w=-]+", "_", f"{row} {config.bits} {config.group}")
                 figures = quantize(path, directory, config, arguments.device)
             model = plain(load(directory, device=arguments.device, dtype="float32"))
