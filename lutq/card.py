@@ -64,7 +64,7 @@ not load: transformers stops at a size mismatch of a tensor that is empty on pur
 
 ## Settings
 
-The same checkpoint comes out of `lutq quantize {report.source} --recipe FILE` with this in FILE:
+The same weights come out of `lutq quantize {report.source} --recipe FILE` with this in FILE:
 
 ```toml
 {settings}

@@ -126,6 +126,7 @@ def complete(job: Job) -> Report:
     except OSError as error:
         raise LutqError(f"cannot write to {job.partial} ({error.strerror}): give another --out") from error
     try:
+        target_bpw = job.config.target_bpw  # choosing the bits clears it
         job = allocate_job(write_calibration(job, journal), journal)
         calibrated = calibrate_job(job, journal)
         layers = run(job, journal, calibrated)
@@ -143,6 +144,7 @@ def complete(job: Job) -> Report:
             peak=peak_memory(job.device),
             calibration=calibrated.figures(),
             latency=job.latency,
+            target_bpw=target_bpw,
         )
         finish(job, report)
         publish(job.partial, job.out)
@@ -184,9 +186,9 @@ def allocate_job(job: Job, journal: Journal) -> Job:
 
 
 def calibrate_job(job: Job, journal: Journal) -> Calibrated:
-    """The calibrated stages of a job; nothing where it has none."""
+    """The calibrated stages of a job; where it has none, only the text that its bits were chosen by, if any."""
     if not job.config.calibrated:
-        return Calibrated()
+        return Calibrated(text=job.calibration.describe() if job.calibration else "")
     layers = block_layers(job.todo, job.structure)
     with out_of_memory(lambda: "calibrating needs the whole model in host memory: use fewer --calib-windows or another machine"):
         return calibrate(job.source.path, layers, job.config, job.calibration, job.device, job.partial, journal)
@@ -287,7 +289,7 @@ def finish(job: Job, report: Report) -> None:
         **({"lowest_bits": job.config.lowest_bits} if job.config.lowest_bits else {}),
         "modules": modules,
         "settings": job.config.to_dict()
-        | ({"calibration": job.calibration.record()} if job.config.calibrated else {})
+        | ({"calibration": job.calibration.record()} if job.calibration else {})
         | ({"latency": job.latency} if job.latency else {}),
     }
     write_beside(job.partial, job.source, job.structure, model_card(report), dtype_name(job.todo.dtype), quantization)

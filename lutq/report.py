@@ -30,9 +30,9 @@ class LayerReport:
 @dataclasses.dataclass(frozen=True)
 class CalibrationReport:
     """What calibration did. before, after: root mean square over the layers of the relative output error on the calibration
-    text, of the plain fit and of the calibrated one. distilled: bits -> divergence from the original model on held-out windows
-    before and after, in nats per token, for each precision that the checkpoint serves; empty without that stage. weighted: tokens
-    count for the output errors as the end loss feels them.
+    text, of the plain fit and of the calibrated one; 0 where the text only served to choose bits. distilled: bits -> divergence
+    from the original model on held-out windows before and after, in nats per token, for each precision that the checkpoint
+    serves; empty without that stage. weighted: tokens count for the output errors as the end loss feels them.
     """
 
     text: str
@@ -44,10 +44,9 @@ class CalibrationReport:
     def figures(self) -> dict[str, str]:
         """Title -> figures in words."""
         weighted = ", its tokens weighted by the end loss" if self.weighted else ""
-        figures = {
-            "calibration text": self.text,
-            "output error": f"{self.before:.4f} -> {self.after:.4f} of the layers on that text{weighted}",
-        }
+        figures = {"calibration text": self.text}
+        if self.before:
+            figures["output error"] = f"{self.before:.4f} -> {self.after:.4f} of the layers on that text{weighted}"
         if self.distilled:
             several = len(self.distilled) > 1
             pairs = [f"{a:.4f} -> {b:.4f}" + several * f" at {bits} bits" for bits, (a, b) in sorted(self.distilled.items())]
@@ -72,12 +71,15 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Report(Run):
-    """Figures of one run of `lutq quantize`."""
+    """Figures of one run of `lutq quantize`. target_bpw: the budget that bits were chosen under, 0 without one; that of time is
+    in `latency`.
+    """
 
     config: QuantConfig
     peak: str
     calibration: CalibrationReport | None = None
     latency: dict[str, Any] | None = None
+    target_bpw: float = 0.0
 
     def times(self) -> dict[str, str]:
         """What a budget of time was kept with, as title -> words; nothing where there was none."""
@@ -99,8 +101,9 @@ class Report(Run):
         return costs((layer.N, layer.K, layer.layer) for layer in self.layers)
 
     def counted(self) -> str:
-        """What bits per weight include besides codes."""
-        return "scales, offsets and corrections included" if self.corrections() else "scales and offsets included"
+        """What bits per weight include besides codes, and the budget that they were kept with, if any."""
+        included = "scales, offsets and corrections included" if self.corrections() else "scales and offsets included"
+        return included + (f", of {self.target_bpw:g} allowed" if self.target_bpw else "")
 
     def summary(self) -> str:
         """The table printed at the end of `lutq quantize`."""

@@ -16,6 +16,7 @@ from lutq.latency import from_json
 from lutq.pack import PARTS
 from lutq.quantize import quantize_checkpoint
 from lutq.report import bits_per_weight
+from lutq.tokens import load_tokenizer
 
 QUICK = {"iterations": 1, "calib_windows": 2, "calib_length": 32, "group": 64}
 
@@ -93,6 +94,13 @@ def test_size_holds_in_the_checkpoint(tiny, tmp_path, family, settings):
     check_units(report, about)
     saved = settings_of(report)
     assert (saved["target_bpw"], saved["groups"]) == (0, ""), "the settings of the checkpoint say what was chosen"
+    calibration = calib.read_calibration("books", load_tokenizer(tiny(family)), 2, 32, 0)
+    assert saved["calibration"] == calibration.record(), f"{about}: the text chose the bits"
+    for words in (calibration.describe(), f" included, of {target:g} allowed;"):
+        for text in (report.summary(), (report.out / "README.md").read_text()):
+            assert words in text, f"{about} {text}"
+    calibrated = settings.get("method") == "feedback"
+    assert ("output error" in report.summary()) == calibrated, f"{about}: there is none where the text only chose bits"
     again = QuantConfig(**{key: value for key, value in saved.items() if key not in ("calibration", "latency")})
     assert {name: again.layer(name, name == "lm_head") for name in stored} == stored, about
 
