@@ -140,8 +140,7 @@ def measure_unit(
                 state = walk.run(walk.blocks[j], j, state)
             loss += divergence(walk.logits(state, {}), walk.logits(original, {})).item() * len(state) / len(hidden)
         if not math.isfinite(loss):
-            tried = f"{', '.join(unit.names)} at {choice.words()}"
-            raise LutqError(f"the predictions with {tried} are NaN or infinite on the calibration text: give an undamaged model")
+            raise LutqError("the model's predictions are NaN or infinite on the calibration text: give an undamaged model")
         found.append(choice._replace(loss=loss))
     for linear, W in zip(linears, originals, strict=True):
         linear.weight.data = W
