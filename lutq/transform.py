@@ -154,7 +154,8 @@ def quantized(
     weights: list[torch.Tensor], H: torch.Tensor, s: torch.Tensor, layers: list[LayerConfig], config: QuantConfig
 ) -> list[torch.Tensor]:
     """What layers W [N, K] become when W diag(s) is quantized, divided by s again; H, s: second moments [K, K] and scales [K] of
-    the inputs. The fit is without corrections and, with `feedback`, a quick one: the choice of s needs no more.
+    the inputs. The fit is without corrections and, with `feedback`, a quick one: the choice of s needs no more. Where H needs
+    more damping than was asked for, that is not told here: it touches this choice alone, and the fit of the layer tells its own.
     """
     config = dataclasses.replace(config, lowest_bits=0, rounds=min(config.rounds, 1), sweeps=0)
     H = damp(H / (s[:, None] * s), config.damping).H
