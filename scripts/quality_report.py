@@ -12,6 +12,8 @@ from typing import Any
 from perplexity_report import number, plot
 from readme import RESULTS, Section, settings_of
 
+from lutq.config import METHODS
+
 Points = list[tuple[float, float]]  # (bits per weight, perplexity)
 
 
@@ -58,10 +60,10 @@ def stages(result: dict[str, Any]) -> str:
         "|---|" + "---|" * len(bits),
     ]
     rows: dict[str, dict[float, dict[str, Any]]] = {}
-    for record in records:
+    for record in sorted(records, key=place):
         if record["row"] != "fp16":
             rows.setdefault(flags_of(record["row"]), {})[record["bits"]] = record
-    for name, cells in sorted(rows.items(), key=lambda entry: entry[0].startswith("`--recipe")):
+    for name, cells in rows.items():
         figures = " | ".join(f"{perplexities(cells[b])} ({sizes(cells[b])})" if b in cells else "" for b in bits)
         lines.append(f"| {name} | {figures} |")
     return "\n".join(lines)
@@ -74,10 +76,10 @@ def timing(records: list[dict[str, Any]]) -> str:
         return ""
     seconds = " / ".join(f"{min(record['command_seconds']):.0f}" for record in timed)
     bits = " / ".join(f"{record['bits']:g}" for record in timed)
-    runs, threads = len(timed[0]["command_seconds"]), timed[0]["threads"]
+    runs, threads = min(len(record["command_seconds"]) for record in timed), timed[0]["threads"]
     return (
         f"`lutq quantize --recipe calibrated --bits B` takes {seconds} s at {bits} bits: the whole command on {threads} threads, "
-        f"the better of {runs} runs on a shared machine."
+        f"the shortest of {runs} runs or more on a shared machine."
     )
 
 
@@ -127,6 +129,13 @@ def sizes(record: dict[str, Any]) -> str:
     return f"{record['bits_per_weight']:.2f} / {record['whole_model']:.2f}"
 
 
+def place(record: dict[str, Any]) -> int:
+    """Of a record among the rows: stages by method, then recipes, the best last, then what is quoted."""
+    first = record["row"].split()[0].split("-")[0]
+    kinds = (*METHODS, "calibrated", "best")
+    return kinds.index(first) if first in kinds else len(kinds)
+
+
 def perplexities(record: dict[str, Any]) -> str:
     """Of a record's first windows and, where that was measured, too, of all."""
     return " / ".join(number(record[name]) for name in ("ppl", "ppl_all") if name in record)
@@ -145,7 +154,7 @@ def flags_of(row: str) -> str:
 def by_row(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Records of each stage, and of the recipes together."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
+    for record in sorted(records, key=place):
         found.setdefault("best-..." if record["row"].startswith("best") else record["row"], []).append(record)
     return found
 
