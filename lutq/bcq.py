@@ -6,8 +6,12 @@ fp16 values (held in fp32), non-negative and in descending order, with codes tha
 * `greedy`: plane by plane, s_i = sign(residual) and scales_i = mean |residual| (Guo et al., arXiv 1706.02021, eq. 3-5;
   the offset is the mean of the group).
 * `alternating`: least squares for scales and offset with the codes fixed, then the nearest of the 2^b levels with those
-  fixed, and again (Xu et al., arXiv 1802.00150, alg. 2), from a uniform grid in BCQ form, from the greedy grid, or from
-  both. The best iterate of each group is kept, starts included, so a round never hurts.
+  fixed, and again (Xu et al., arXiv 1802.00150, alg. 2), from one of the grids below or from several. The best iterate of each
+  group is kept, starts included, so a round never hurts, and `uniform` is never worse than that uniform grid.
+
+Grids to start from: `range`, the uniform grid over the whole range, in BCQ form; `uniform`, the clip-searched one; `greedy`;
+`fine`, the top planes of a clip-searched grid of more bits; `quantiles`, least squares for codes that cut a group into equal
+parts. `best` is those in `BEST`: with `fine` its error would be smaller and perplexity not (scripts/quality_starts.py).
 
 An error e [R, g] is measured as |e|^2, or as |e whiten|^2 with `whiten` [g] (the root of each input's importance) or [g, g]
 (see lutq/solve.py).
@@ -19,6 +23,9 @@ from typing import NamedTuple
 import torch
 
 from lutq import gpu_fit, uniform
+
+BEST = ("greedy", "uniform")  # the starts of `best`
+FINER = 2  # bits that the uniform grid of the start `fine` has more
 
 
 class Bcq(NamedTuple):
@@ -165,15 +172,40 @@ def greedy_planes(w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor |
     return torch.stack(planes)
 
 
+def fine_grid(
+    w: torch.Tensor, bits: int, has_offsets: bool, whiten: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The top planes of a clip-searched uniform grid of `FINER` bits more: of its levels, the middle of each 2^FINER in a row."""
+    finer = bits + FINER
+    scales, offsets = uniform.bcq_grid(uniform.rtn(w, finer, not has_offsets, whiten=whiten), finer)
+    return scales[:bits], offsets if has_offsets else None
+
+
+def quantile_grid(
+    w: torch.Tensor, bits: int, has_offsets: bool, whiten: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Least squares for codes that cut each group, in order of size, into 2^bits parts of equally many weights."""
+    ranks = w.argsort(dim=1, stable=True).argsort(dim=1)
+    return refit(planes_of(ranks * 2**bits // w.shape[1], bits), w, has_offsets, whiten)
+
+
 def starts(w: torch.Tensor, bits: int, has_offsets: bool, start: str, whiten: torch.Tensor | None = None) -> list[tuple]:
     """Initial grids (scales [b, R], offsets [R] or None) in fp32 for `start`, see `lutq.config.QuantConfig`; whiten [g]."""
-    grids = []
-    if start in ("best", "greedy"):
-        grids.append(greedy_grid(w, bits, has_offsets))
-    if start != "greedy":
-        scales, offsets = uniform.bcq_grid(uniform.rtn(w, bits, not has_offsets, start != "range", whiten), bits)
-        grids.append((scales, offsets if has_offsets else None))
-    return grids
+    return [start_grid(w, bits, has_offsets, name, whiten) for name in (BEST if start == "best" else (start,))]
+
+
+def start_grid(
+    w: torch.Tensor, bits: int, has_offsets: bool, start: str, whiten: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One of `starts`: range, uniform, greedy, fine or quantiles."""
+    if start == "greedy":
+        return greedy_grid(w, bits, has_offsets)
+    if start == "fine":
+        return fine_grid(w, bits, has_offsets, whiten)
+    if start == "quantiles":
+        return quantile_grid(w, bits, has_offsets, whiten)
+    scales, offsets = uniform.bcq_grid(uniform.rtn(w, bits, not has_offsets, start != "range", whiten), bits)
+    return scales, offsets if has_offsets else None
 
 
 def alternating(

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lutq.bcq import alternating, greedy, greedy_grid, nearest, refit, solve
+from lutq import bcq
+from lutq.bcq import alternating, fine_grid, greedy, greedy_grid, nearest, quantile_grid, refit, solve
 from lutq.config import METHODS, STARTS, QuantConfig
 from lutq.fit import fit
 from lutq.pack import dequantize
@@ -13,6 +14,7 @@ from lutq.pack import dequantize
 quick = settings(deadline=None, max_examples=60)
 BITS = st.integers(1, 4)
 SEEDS = st.integers(0, 2**32 - 1)
+ALL_STARTS = tuple(dict.fromkeys((*STARTS, *bcq.BEST, "fine", "quantiles")))
 
 # a few rows of a few weights, which hypothesis can shrink to a readable example; magnitudes from fp16's subnormals up
 small_groups = (
@@ -56,7 +58,7 @@ def check_storable(fitted, about):
 def fits(w, bits, has_offsets):
     """Greedy and every kind of alternating fit, by name."""
     found = {"greedy": greedy(w, bits, has_offsets)}
-    for start in STARTS:
+    for start in ALL_STARTS:
         found[f"alternating {start=}"] = alternating(w, bits, has_offsets, start)
     return found
 
@@ -73,7 +75,7 @@ def test_one_bit_is_the_closed_form(R, log_g, seed):
         assert fitted.offsets is None, f"{name} {R=} {g=} {seed=}"
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", ALL_STARTS)
 @pytest.mark.parametrize("iterations", [0, 15])
 def test_sign_of_zero_is_plus_one(start, iterations):
     w = torch.tensor([[0.0, -0.0, 1.0, -1.0]])
@@ -230,7 +232,7 @@ def test_refit_is_least_squares(R, g, bits, has_offsets, seed):
 
 
 @quick
-@given(w=small_groups, bits=BITS, has_offsets=st.booleans(), start=st.sampled_from(STARTS))
+@given(w=small_groups, bits=BITS, has_offsets=st.booleans(), start=st.sampled_from(ALL_STARTS))
 def test_refit_never_hurts(w, bits, has_offsets, start):
     before = alternating(w, bits, has_offsets, start, iterations=0)
     scales, offsets = refit(before.planes, w, has_offsets)
@@ -326,21 +328,65 @@ def test_equal_weights_are_kept_to_fp16(bits, number, g):
 @quick
 @given(w=small_groups, bits=BITS, has_offsets=st.booleans())
 def test_no_iterations_give_the_best_start(w, bits, has_offsets):
-    by_start = {start: alternating(w, bits, has_offsets, start, iterations=0) for start in STARTS}
-    least = torch.minimum(distance(w, by_start["greedy"]), distance(w, by_start["uniform"]))
-    excess = (distance(w, by_start["best"]) - least * (1 + 1e-6) - rounding(w, by_start["best"])).max()
+    by_start = {start: alternating(w, bits, has_offsets, start, iterations=0) for start in ("best", *bcq.BEST)}
+    best = by_start.pop("best")
+    least = torch.stack([distance(w, fitted) for fitted in by_start.values()]).amin(0)
+    excess = (distance(w, best) - least * (1 + 1e-6) - rounding(w, best)).max()
     assert excess <= 0, f"{w=} {bits=} {has_offsets=} {excess=}"
     for r in range(len(w)):  # and it is one of them, not a mixture
-        both = [torch.equal(by_start["best"].planes[:, r], by_start[s].planes[:, r]) for s in ("greedy", "uniform")]
-        both = [
-            same and torch.equal(by_start["best"].scales[:, r], by_start[s].scales[:, r])
-            for same, s in zip(both, ("greedy", "uniform"), strict=True)
+        equal = [
+            torch.equal(best.planes[:, r], fitted.planes[:, r]) and torch.equal(best.scales[:, r], fitted.scales[:, r])
+            for fitted in by_start.values()
         ]
-        assert any(both), f"{w=} {bits=} {has_offsets=} {r=} {by_start=}"
+        assert any(equal), f"{w=} {bits=} {has_offsets=} {r=} {best=} {by_start=}"
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(1, [1.5, 5.5]), (2, [1.5, 5.5, 9.5, 13.5])])
+def test_fine_grid_is_the_middle_of_the_finer_levels(bits, levels):
+    w = torch.arange(2.0 ** (bits + 2))[None]  # lies on the grid of 2 bits more: 4 of its levels for each of these
+    scales, offsets = fine_grid(w, bits, True)
+    _, found = nearest(w, scales, offsets)
+    assert found[0].tolist() == [level for level in levels for _ in range(4)], f"{bits=} {scales=} {offsets=} {found=}"
+
+
+def test_fine_grid_without_offsets_is_symmetric():
+    w = torch.tensor([[-7.5, -0.5, 0.5, 7.5]])  # odd multiples of half a step of 1, in 4 bits
+    scales, offsets = fine_grid(w, 2, False)
+    assert offsets is None
+    assert scales[:, 0].tolist() == [4, 2], f"{scales=}"
+
+
+@pytest.mark.parametrize(
+    ("w", "bits", "scales", "offset"),
+    [
+        ([10.0, 0.0, 11.0, 1.0], 1, [5.0], 5.5),  # two halves, whose means are 0.5 and 10.5
+        ([10.0, 0.0, 11.0, 1.0], 2, [5.0, 0.5], 5.5),  # every weight a level
+        ([0.0, 6.0, 3.0], 1, [2.25], 3.75),  # the lower half of three weights is two of them
+    ],
+)
+def test_quantile_grid_cuts_into_equal_parts(w, bits, scales, offset):
+    found, offsets = quantile_grid(torch.tensor([w]), bits, True)
+    assert torch.allclose(found[:, 0], torch.tensor(scales), rtol=1e-4), f"{w=} {bits=} {found=}"
+    assert torch.allclose(offsets, torch.tensor([offset]), rtol=1e-4), f"{w=} {bits=} {offsets=}"
+
+
+@quick
+@given(R=st.integers(1, 4), g=st.integers(1, 40), bits=BITS, has_offsets=st.booleans(), seed=SEEDS)
+def test_best_is_never_worse_for_one_start_more(R, g, bits, has_offsets, seed):
+    w = gaussian(R, g, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bcq, "BEST", ("greedy", "uniform"))
+        fewer = alternating(w, bits, has_offsets, "best")
+        patch.setattr(bcq, "BEST", ("greedy", "uniform", "fine", "quantiles"))
+        more = alternating(w, bits, has_offsets, "best")
+    excess = (distance(w, more) - distance(w, fewer) * (1 + 1e-6) - rounding(w, more)).max()
+    assert excess <= 0, f"{R=} {g=} {bits=} {has_offsets=} {seed=} {excess=}"
 
 
 @settings(deadline=None, max_examples=25)
-@given(R=st.integers(1, 8), g=st.integers(1, 64), bits=BITS, has_offsets=st.booleans(), start=st.sampled_from(STARTS), seed=SEEDS)
+@given(
+    R=st.integers(1, 8), g=st.integers(1, 64), bits=BITS, has_offsets=st.booleans(), start=st.sampled_from(ALL_STARTS), seed=SEEDS
+)
 def test_more_iterations_are_never_worse(R, g, bits, has_offsets, start, seed):
     w = gaussian(R, g, seed)
     for tolerance in (0.0, 1e-3):
