@@ -78,8 +78,8 @@ def timing(records: list[dict[str, Any]]) -> str:
     bits = " / ".join(f"{record['bits']:g}" for record in timed)
     runs, threads = min(len(record["command_seconds"]) for record in timed), timed[0]["threads"]
     return (
-        f"`lutq quantize --recipe calibrated --bits B` takes {seconds} s at {bits} bits: the whole command on {threads} threads, "
-        f"the shortest of {runs} runs or more on a shared machine."
+        f"`lutq quantize --recipe calibrated --bits B` of this model takes {seconds} s at {bits} bits: the whole command on "
+        f"{threads} threads of a shared machine, the best of {runs} runs."
     )
 
 
