@@ -2,8 +2,9 @@
 
 Which kernel runs is decided here, by M (rows of x) and dtype:
 
-    M = 1                   lut_gemv with tables in shared memory, for large layers of 3 or 4 bits in groups of multiples of 64 on
-                            GPUs that have 227 KB of it and clusters: relative error below 2e-6.
+    M = 1                   bit_gemv on the binary tensor cores, in groups of multiples of 128 on GPUs of compute capability
+                            9.0; lut_gemv with tables in shared memory, for large layers of 3 or 4 bits in groups of multiples
+                            of 64 on GPUs that have 227 KB of it and clusters: relative error below 2e-6.
     M <= 4                  lut_gemm with split tables on the sparse tensor cores: relative error below 2e-6
     M <= 8                  lut_gemm with rounded tables: below 5e-4
     M <= rows_limit         on GPUs of compute capability 9.0 fused_gemm, which rounds weights to fp16, 64 rows at a time: below
@@ -120,7 +121,7 @@ def check(found: ctypes.CDLL, device: torch.device) -> None:
     That sparse tensor cores look up any index is promised nowhere, nor where a kernel's shared memory begins.
     """
     generator = torch.Generator().manual_seed(0)
-    layer, K = LayerConfig(3, 64, "bcq", True), 1120
+    layer, K = LayerConfig(3, 128, "bcq", True), 1120
     shapes = packed_shapes(64, K, layer)
     codes = torch.randint(-(2**31), 2**31, shapes["codes"][0], generator=generator).to(torch.int32)
     scales, offsets = (torch.rand(shapes[name][0], generator=generator).half() for name in ("scales", "offsets"))
@@ -133,6 +134,8 @@ def check(found: ctypes.CDLL, device: torch.device) -> None:
     ways = [lambda: run_lut(found, a, ONE, gpu)]
     if takes_gemv(layer, gpu):
         ways.append(lambda: run_gemv(found, a, GemvPlan(2, 2)))
+    if bit_blocks(64, K, layer, gpu):
+        ways.append(lambda: run_bits(found, a, 3))
     for run in ways:
         y.fill_(math.nan)
         run()
@@ -206,6 +209,22 @@ def plan(N: int, K: int, mode: int, bits: int, group: int, gpu: Gpu) -> Plan:
     if best is None:
         raise LutqError(f"{gpu.name} has too little shared memory for {bits} bits in groups of {group}: use --backend reference")
     return best[1]
+
+
+# Of kernels/bit_gemv.cuh; bytes are of the bits of 128 inputs, and of a warp's sums of a tile
+BIT_WARPS, BIT_STAGES, PASS_UNITS, BLOCK_BYTES, KEPT_BYTES = 16, 4, 64, 528, 64
+
+
+@functools.lru_cache(4096)
+def bit_blocks(N: int, K: int, layer: LayerConfig, gpu: Gpu) -> int:
+    """Blocks of a launch of bit_gemv; 0 where it does not take the layer: elsewhere than on Hopper bits are not multiplied, or
+    not fast.
+    """
+    blocks, passes = min(ceil(N / TILE), gpu.processors), ceil(units(K) / PASS_UNITS)
+    record = 32 * (layer.bits + layer.offsets) if layer.grid == "bcq" else 32 + 16 * layer.offsets
+    used = BIT_WARPS * BIT_STAGES * (layer.bits * UNIT * TILE // 8 + 2 * record)
+    used += 2 * ceil(units(K) / passes) * BLOCK_BYTES + ceil(ceil(N / TILE) / blocks) * BIT_WARPS * KEPT_BYTES
+    return blocks if gpu.fused and layer.group % 128 == 0 and used <= gpu.shared else 0
 
 
 class GemvPlan(NamedTuple):
@@ -342,6 +361,11 @@ def run_lut(found: ctypes.CDLL, a: Arguments, mode: int, gpu: Gpu) -> None:
     start(getattr(found, f"lutq_lut_gemm_{a.bits}bit"), a, mode, *plan(a.N, a.K, mode, a.bits, a.group, gpu))
 
 
+def run_bits(found: ctypes.CDLL, a: Arguments, blocks: int) -> None:
+    """Launch bit_gemv on the current stream."""
+    start(getattr(found, f"lutq_bit_gemv_{a.bits}bit"), a, blocks)
+
+
 def run_gemv(found: ctypes.CDLL, a: Arguments, how: GemvPlan, partial: torch.Tensor | None = None) -> None:
     """Launch lut_gemv on the current stream. With `partial` it leaves sums there and y as it is."""
     sums = ctypes.c_void_p(None if partial is None else partial.data_ptr())
@@ -422,7 +446,7 @@ def lut_mode(x: torch.Tensor) -> int:
 
 
 def multiply_packed(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> None:
-    """Fill y [M, N], contiguous, by lut_gemv, lut_gemm or fused_gemm on the current device, as many rows at a time as fit."""
+    """Fill y [M, N], contiguous, on the current device, as many rows at a time as a kernel takes."""
     found, gpu, mode, x = kernels(x.device), properties(x.device), lut_mode(x), aligned(x)
     fused = x.shape[0] > EIGHT and fits_fused(mode, ready, gpu)
     if fused:
@@ -430,18 +454,23 @@ def multiply_packed(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None
     for begin in range(0, x.shape[0], mode):
         part = slice(begin, begin + mode)
         a = arguments(x[part], ready, bias, y[part], layer)
+        blocks = bit_blocks(a.N, a.K, layer, gpu) if mode == ONE else 0
         how = gemv_plan(a.N, a.K, layer, gpu) if mode == ONE else None
         if fused:
             run_fused(found, a, mode, layer, gpu)
+        elif blocks:
+            run_bits(found, a, blocks)
         elif how:
             run_gemv(found, a, how)
         else:
             run_lut(found, a, mode, gpu)
 
 
-def sum_parts(ready: Prepacked, K: int, layer: LayerConfig, gpu: Gpu) -> int:
-    """Sums of an output that `multiply_sums` leaves, one for every slab of inputs; 0 where it does not take the layer."""
-    return slabs(K) if takes_gemv(layer, gpu) and fits_packed(ready, layer) else 0
+def sum_parts(ready: Prepacked, N: int, K: int, layer: LayerConfig, gpu: Gpu) -> int:
+    """Sums of an output that `multiply_sums` leaves, one for every slab of inputs; 0 where it does not take the layer, or
+    bit_gemv does, which needs none.
+    """
+    return 0 if bit_blocks(N, K, layer, gpu) or not (takes_gemv(layer, gpu) and fits_packed(ready, layer)) else slabs(K)
 
 
 def multiply_sums(x: torch.Tensor, ready: Prepacked, partial: torch.Tensor, N: int, layer: LayerConfig) -> None:

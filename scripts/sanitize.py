@@ -17,11 +17,13 @@ from lutq.cuda import (
     GemvPlan,
     aligned,
     arguments,
+    bit_blocks,
     kernels,
     multiply,
     multiply_sums,
     prepack,
     properties,
+    run_bits,
     run_gemv,
     slabs,
     takes_gemv,
@@ -75,18 +77,26 @@ def products(device: torch.device, bits: int) -> int:
 
 
 def one_row(device: torch.device, bits: int) -> int:
-    """Run lut_gemv where the GPU has it, for y and for sums; how many times."""
-    cases = 0
+    """Run bit_gemv and lut_gemv where the GPU has them, lut_gemv for y and for sums; how many times."""
+    cases, gpu = 0, properties(device)
     for (grid, offsets), (N, K, group, dtype) in itertools.product(
         (("bcq", True), ("bcq", False), ("uniform", True)),
-        ((80, 1280, 128, torch.float16), (33, 2100, 64, torch.bfloat16), (20, 72, 0, torch.float32)),
+        (
+            (80, 1280, 128, torch.float16),
+            (33, 2100, 64, torch.bfloat16),
+            (20, 72, 0, torch.float32),
+            (40, 16600, 256, torch.half),
+        ),
     ):
         layer = LayerConfig(bits, group, grid, offsets)
-        if not takes_gemv(layer, properties(device)):
-            continue
         ready = prepack(random_packed(N, K, layer, device), layer)
         x, bias, y = (torch.randn(1, n, device=device).to(dtype) for n in (K, N, N))
         x = aligned(x)
+        for blocks in (1, 2) if bit_blocks(N, K, layer, gpu) else ():
+            run_bits(kernels(device), arguments(x, ready, bias, y, layer), blocks)
+            cases += 1
+        if not takes_gemv(layer, gpu):
+            continue
         for blocks, split in ((1, 1), (3, 1), (2, 2), (6, 2)):
             if split <= slabs(K):
                 run_gemv(kernels(device), arguments(x, ready, bias, y, layer), GemvPlan(blocks, split))

@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 tools=("${@:2}")
 [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck initcheck synccheck)
 regexes=()
-for name in lut_gemm lut_gemv fused_gemm dequantize decode columns fit_; do regexes+=(--kernel-regex "kns=$name"); done
+for name in lut_gemm lut_gemv bit_gemv fused_gemm dequantize decode columns fit_; do regexes+=(--kernel-regex "kns=$name"); done
 {
   date -u +%Y-%m-%d
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader

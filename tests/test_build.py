@@ -153,7 +153,13 @@ LOCAL = {"sm_80": 272, "sm_100": 16, "sm_120": 16}
 @pytest.mark.parametrize("arch", DEFAULT_ARCHS)
 def test_kernels_do_not_spill(fat, arch):
     found = resources(fat.path.with_suffix(".log").read_text())
-    limits = {"lut_gemm": LOCAL.get(arch, 0), "lut_gemv": 0, "fused_gemm": 0, "6decode": 0}  # 6decode: a namespace, mangled
+    limits = {
+        "lut_gemm": LOCAL.get(arch, 0),
+        "lut_gemv": 0,
+        "bit_gemv": 0,
+        "fused_gemm": 0,
+        "6decode": 0,
+    }  # 6decode: a namespace, mangled
     for name, limit in limits.items():
         kernels = [kernel for kernel in found if kernel.arch.rstrip("a") == arch and name in kernel.name]
         assert kernels, f"{arch=}: no kernel named {name} among {len(found)}"
@@ -167,6 +173,11 @@ def test_fused_gemm_is_compiled_for_hopper_alone(fat):
     kernels = [kernel for kernel in resources(log) if "fused_gemm" in kernel.name]
     assert {kernel.arch for kernel in kernels if kernel.registers > 32} == {"sm_90a"}
     assert "wgmma" not in log, [line for line in log.splitlines() if "wgmma" in line]
+
+
+def test_bit_gemv_is_compiled_for_hopper_alone(fat):
+    kernels = [kernel for kernel in resources(fat.path.with_suffix(".log").read_text()) if "bit_gemv" in kernel.name]
+    assert {kernel.arch for kernel in kernels if kernel.registers > 32} == {"sm_90a"}
 
 
 def test_lut_gemv_is_compiled_for_gpus_with_clusters(fat):
@@ -189,7 +200,7 @@ def entry_points(module):
 def test_entry_points_are_exported(fat):
     """Also those whose arguments are structures of their own: in a nameless namespace they would be lost without a word."""
     handle = ctypes.CDLL(str(fat.path))
-    for module, count in (("cuda.py", 13), ("columns.py", 1), ("gpu_fit.py", 6), ("decode/steps.py", 5)):
+    for module, count in (("cuda.py", 17), ("columns.py", 1), ("gpu_fit.py", 6), ("decode/steps.py", 5)):
         names = entry_points(module)
         assert len(names) == count, f"{module}: {sorted(names)}"
         missing = [name for name in sorted(names) if not hasattr(handle, name)]

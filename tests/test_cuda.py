@@ -33,6 +33,7 @@ from lutq.cuda import (
     Gpu,
     Prepacked,
     aligned,
+    bit_blocks,
     fused_plan,
     gemv_plan,
     multiply_sums,
@@ -242,6 +243,7 @@ GEMV_SHAPES = list(itertools.product((1, 16, 100, 1100, 4096, 14336, 128256), (1
 @pytest.fixture
 def everywhere(monkeypatch):
     """lut_gemv for every layer that it takes."""
+    monkeypatch.setattr(lutq.cuda, "bit_blocks", lambda *shape: 0)
     for name, most in (("GEMV_BITS", 1), ("GEMV_LEAST", 0), ("GEMV_MOST", {})):
         monkeypatch.setattr(lutq.cuda, name, most)
     gemv_plan.cache_clear()
@@ -440,6 +442,106 @@ def test_layers_that_lut_gemm_does_faster(monkeypatch, everywhere):
     for N, bits in ((100, ()), (101, (2, 3, 4)), (199, (2, 3, 4)), (200, (2, 4))):
         taken = [b for b in (1, 2, 3, 4) if gemv_plan(N, 1024, LayerConfig(b, 128), H200)]
         assert taken == list(bits), f"{N=} {taken=}"
+
+
+# bit_blocks
+
+
+BIT_SHAPES = list(itertools.product((1, 16, 100, 4096, 14336, 128256), (1, 129, 4096, 14336, 16385, 49152)))
+
+
+def bit_layers(bits):
+    return [LayerConfig(bits, group, grid, offsets) for group, grid, offsets in itertools.product((0, 128), GRIDS, (False, True))]
+
+
+@functools.cache
+def bit_text(pattern):
+    """C++ of bit_gemv.cuh for `constants`."""
+    return re.sub(r"//[^\n]*|\(unsigned\)|\bSlot::", "", found(pattern, "bit_gemv.cuh")).replace("1ull", "1")
+
+
+@functools.cache
+def bit_constants():
+    names = kernel_constants() | {"BCQ": GRIDS["bcq"], "UNIFORM": GRIDS["uniform"], "min": min}
+    for first in ("BIT_WARPS", "BLOCK_INPUTS", "PASS_UNITS"):
+        names = constants(bit_text(rf"\nconstexpr int ({first} = [^;]*);"), names)
+    return names
+
+
+def bit_launch(N, K, layer, blocks):
+    """What the launch of bit_gemv derives, from its own expressions: `Deal`, and the bytes of shared memory."""
+    names = bit_constants() | {"BITS": layer.bits, "GRID": GRIDS[layer.grid], "OFFSETS": layer.offsets}
+    names |= {"group": layer.group or UNIT * -(-K // UNIT), "tiles": -(-N // TILE), "units": -(-K // UNIT), "blocks": blocks}
+    for declarations in re.findall(r"constexpr int ([^;]*);", bit_text(r"(?s)struct Slot \{(.*?)\n\};")):
+        names = constants(declarations, names)
+    body = bit_text(r"(?s)int launch_bits\([^)]*\) \{(.*?)\n\}").replace("shape.units", "all_units")
+    names["all_units"] = names["units"]
+    for declarations in re.findall(r"const int ([^;]*);", body):
+        names = constants(declarations, names)
+    fields = re.split(r",(?![^(]*\))", re.search(r"(?s)const Deal deal\{(.*?)\};", body)[1])
+    deal = dict(zip(("deal_tiles", "deal_more", "deal_units", "deal_passes", "per_group"), fields, strict=True))
+    for name, expression in deal.items():
+        names[name] = value(expression, names)
+    total = re.search(r"const size_t bytes = ([^;]*);", body)[1].replace("deal.", "deal_")
+    return names | {"bytes": value(total, names)}
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_bit_gemv_needs_what_it_asks_for(bits):
+    """To the byte: with as much shared memory it runs, with one byte less it does not."""
+    for (N, K), layer in itertools.product(BIT_SHAPES, bit_layers(bits)):
+        about, blocks = f"{N=} {K=} {layer=}", bit_blocks(N, K, layer, H200._replace(shared=1 << 30))
+        assert 1 <= blocks <= min(H200.processors, -(-N // TILE)), f"{about} {blocks=}"
+        needed = bit_launch(N, K, layer, blocks)["bytes"]
+        assert bit_blocks(N, K, layer, H200._replace(shared=needed)) == blocks, f"{about} {needed=}"
+        assert bit_blocks(N, K, layer, H200._replace(shared=needed - 1)) == 0, f"{about} {needed=}"
+        assert needed <= H200.shared or N > 100000, f"{about} {needed=}: a layer of an LLM"
+
+
+def test_bit_gemv_shared_bytes_by_hand():
+    """The parsed formulas once by hand, so that a wrong parse shows: 65 units are two passes, and a block has 2 tiles."""
+    ring = 16 * 4 * (3 * 512 + 2 * 4 * 32)
+    launch = bit_launch(16 * 133, 65 * 256, LayerConfig(3, 128), 132)
+    assert launch["bytes"] == ring + 2 * 33 * 528 + 2 * 16 * 64
+    deal = [launch[name] for name in ("deal_tiles", "deal_more", "deal_units", "deal_passes", "per_group")]
+    assert deal == [1, 1, 33, 2, 1 << 30]
+    names = bit_constants()
+    ours = (lutq.cuda.BIT_WARPS, lutq.cuda.BIT_STAGES, lutq.cuda.PASS_UNITS, lutq.cuda.BLOCK_BYTES)
+    assert ours == tuple(names[name] for name in ("BIT_WARPS", "BIT_STAGES", "PASS_UNITS", "BLOCK_BYTES"))
+
+
+def test_every_unit_of_a_tile_has_one_warp():
+    """By `Share`: from one unit on, in the order of tiles, whatever the pass and however few there are."""
+    derive, result = re.search(
+        r"(?s)const unsigned ([^;]*);\s*([^;]*);", bit_text(r"(?s)struct Share \{(.*?)\n\};").split("unit_end(unit_end) {")[1]
+    ).groups()
+    for tiles, begin, end in itertools.product((1, 2, 7, 61), (0, 33), (34, 64)):
+        covered, units = [], end - begin
+        for warp in range(lutq.cuda.BIT_WARPS):
+            names = bit_constants() | {"tiles": tiles, "begin": begin, "unit_end": end, "warp": warp}
+            names = constants(result, constants(derive, names))
+            first = names["tile"] * units + names["unit"] - begin
+            covered += range(first, first + names["items"])
+            assert begin <= names["unit"] < end, f"{tiles=} {begin=} {end=} {warp=}"
+        assert covered == list(range(tiles * units)), f"{tiles=} {begin=} {end=}"
+
+
+def test_layers_that_bit_gemv_does_not_take():
+    for bits, grid in itertools.product((1, 2, 3, 4), GRIDS):
+        for group in (32, 64, 192):
+            assert bit_blocks(4096, 4096, LayerConfig(bits, group, grid), H200) == 0, f"{bits=} {group=}"
+        for gpu in (A100, RTX, H200._replace(fused=False)):
+            assert bit_blocks(4096, 4096, LayerConfig(bits, 128, grid), gpu) == 0, f"{bits=} {gpu=}"
+        assert bit_blocks(1 << 24, 4096, LayerConfig(bits, 128, grid), H200) == 0, f"{bits=} {grid=}: sums of too many rows"
+        assert bit_blocks(4096, 4096, LayerConfig(bits, 0, grid), H200) == 132, f"{bits=} {grid=}"
+
+
+def test_records_of_bit_gemv():
+    """The kernel multiplies where it means to divide by the group size."""
+    k = torch.arange(0, 65536, 32)
+    for group in range(128, 8192, 128):
+        per_group = bit_launch(64, 65536, LayerConfig(3, group), 1)["per_group"]
+        assert torch.equal((k >> 5) * per_group >> 32, k // group), f"{group=}"
 
 
 # fused_plan
@@ -705,7 +807,7 @@ class StandIn:
         return dequantize(*packed, a.group, layer.grid, a.K, torch.float64)
 
     def __getattr__(self, name):
-        kernel, bits = re.fullmatch(r"lutq_(lut_gemm|lut_gemv|fused_gemm)_([1-4])bit", name).groups()
+        kernel, bits = re.fullmatch(r"lutq_(lut_gemm|lut_gemv|bit_gemv|fused_gemm)_([1-4])bit", name).groups()
         return functools.partial(getattr(self, kernel), int(bits))
 
     def lut_gemm(self, bits, reference, mode, blocks, split, k_warps, n_warps, stream):
@@ -727,6 +829,12 @@ class StandIn:
             part = slice(inputs * s, inputs * (s + 1))
             slab[: a.N] = W[:, part] @ x[0, part].double()
         return 0
+
+    def bit_gemv(self, bits, reference, blocks, stream):
+        a = reference._obj
+        assert a.group % 128 == 0, f"{a.group=}"
+        assert 1 <= blocks <= -(-a.N // TILE), f"{blocks=} {a.N=}"
+        return self.product("bit_gemv", bits, a, ONE, (blocks,))
 
     def fused_gemm(self, bits, reference, mode, how, stream):
         a = reference._obj
@@ -796,7 +904,7 @@ def fused(mode, *rows):
     return [("fused_gemm", mode, M) for M in rows]
 
 
-DENSE = [("dequantize", 33)]
+DENSE, BITS = [("dequantize", 33)], [("bit_gemv", ONE, 1)]
 BY_FUSED = {1: lut(1, 1), 2: lut(4, 2), 3: lut(4, 3), 4: lut(4, 4), 5: lut(8, 5), 8: lut(8, 8), 9: fused(16, 9)}
 BY_FUSED |= {16: fused(16, 16), 17: fused(32, 17), 32: fused(32, 32), 33: fused(64, 33), 64: fused(64, 64)}
 BY_FUSED |= {65: fused(64, 64, 1), 72: fused(64, 64, 8), LIMIT: fused(64, 64, 36), LIMIT + 1: DENSE}
@@ -841,6 +949,7 @@ def test_which_kernel_runs(stand_in, monkeypatch, dtypes, K, gpu, grid, wide, wa
     layer = LayerConfig(3, 128, grid)
     ready = prepack(random_packed(33, K, layer), layer)._replace(wide=wide)
     for dtype, (M, expected) in itertools.product(dtypes, LAUNCHES[way].items()):
+        expected = BITS if M == 1 and gpu.fused and way != "dense" else expected
         calls = launches_of(stand_in, torch.ones(M, K, dtype=dtype), ready, layer)
         assert calls == expected, f"{dtype=} {K=} {gpu=} {grid=} {wide=} {M=} {calls=}"
 
@@ -874,7 +983,11 @@ def test_a_mode_has_one_plan(stand_in):
     ready = prepack(random_packed(33, FEW_INPUTS, layer), layer)
     for M in range(1, LIMIT + 1):
         launches_of(stand_in, torch.ones(M, FEW_INPUTS).half(), ready, layer)
-    assert list(stand_in.plans) == [*(("lut_gemm", mode) for mode in (1, 4, 8)), *(("fused_gemm", mode) for mode in FUSED)]
+    assert list(stand_in.plans) == [
+        ("bit_gemv", ONE),
+        *(("lut_gemm", mode) for mode in (4, 8)),
+        *(("fused_gemm", mode) for mode in FUSED),
+    ]
     assert all(len(plans) == 1 for plans in stand_in.plans.values()), f"{stand_in.plans=}"
     for rows in FUSED:
         how = bytes(fused_plan(33, FEW_INPUTS, rows, layer, H200))
@@ -917,10 +1030,10 @@ def test_wide_layers_and_one_row(stand_in):
 # The product
 
 
-def expected_calls(M, K, dtype, N):
+def expected_calls(M, K, dtype, N, group):
     way = "fused" if K >= FEW_INPUTS and dtype != torch.float32 else "fours"
     slices = [("dequantize", min(32, N - first)) for first in range(0, N, 32)]
-    calls = LAUNCHES[way].get(M, DENSE)
+    calls = BITS if M == 1 and group % 128 == 0 else LAUNCHES[way].get(M, DENSE)
     return slices if calls == DENSE else calls
 
 
@@ -941,7 +1054,7 @@ def test_multiply(stand_in, dtype, grid, offsets, monkeypatch):
             y, about = multiply(x, packed, layer, b, torch.float32), f"{dtype=} {layer=} {N=} {K=} {M=} {bias=}"
             error = error_of(y, x, W, b)
             assert (y.shape, y.dtype) == ((M, N), torch.float32), about
-            assert stand_in.calls == expected_calls(M, K, dtype, N), f"{about} {stand_in.calls=}"
+            assert stand_in.calls == expected_calls(M, K, dtype, N, group), f"{about} {stand_in.calls=}"
             rounded = stand_in.calls[0][0] == "dequantize" and dtype != torch.float32
             assert error < (5e-4 if rounded else 1e-6), f"{about} {error=}"
 
@@ -1112,13 +1225,13 @@ def test_wide_weights_stay_finite(stand_in, grid, M):
 
 
 @pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.name)
-@pytest.mark.parametrize("kernel", ["lut_gemm", "lut_gemv"])
+@pytest.mark.parametrize("kernel", ["lut_gemm", "lut_gemv", "bit_gemv"])
 @pytest.mark.parametrize("factor", [1.0, 0.999, 0.0, float("nan")])
 def test_the_check_of_a_new_library(stand_in, monkeypatch, gpu, kernel, factor):
     """It tries every kernel that the GPU runs for one row."""
     monkeypatch.setattr(lutq.cuda, "properties", lambda device: gpu)
     stand_in.factors[kernel] = factor
-    tried = ["lut_gemm"] if gpu is A100 else ["lut_gemm", "lut_gemv"]
+    tried = ["lut_gemm"] if gpu is A100 else ["lut_gemm", "lut_gemv", "bit_gemv"]
     good = factor == 1 or kernel not in tried
     wrong = pytest.raises(
         LutqError, match=rf"the CUDA kernels give wrong results on {gpu.name} \(off by .*\): use --backend reference"
@@ -1128,7 +1241,7 @@ def test_the_check_of_a_new_library(stand_in, monkeypatch, gpu, kernel, factor):
     assert [name for name, *_ in stand_in.calls] == (tried if good else tried[: tried.index(kernel) + 1])
 
 
-@pytest.mark.parametrize("name", ["lutq_lut_gemm_3bit", "lutq_lut_gemv_3bit"])
+@pytest.mark.parametrize("name", ["lutq_lut_gemm_3bit", "lutq_lut_gemv_3bit", "lutq_bit_gemv_3bit"])
 def test_the_check_of_a_kernel_that_does_nothing(stand_in, monkeypatch, name):
     monkeypatch.setattr(stand_in, name, lambda *arguments: 0, raising=False)
     with pytest.raises(LutqError, match=r"wrong results on NVIDIA H200 \(off by nan\)"):
@@ -1140,11 +1253,14 @@ def test_a_launch_that_fails_is_an_error(stand_in, monkeypatch):
     for name, M, group in (
         ("lutq_lut_gemm_3bit", 1, 32),
         ("lutq_lut_gemv_3bit", 1, 64),
+        ("lutq_bit_gemv_3bit", 1, 128),
         ("lutq_fused_gemm_3bit", 9, 32),
         ("lutq_dequantize", LIMIT + 1, 32),
     ):
         layer = LayerConfig(3, group)
         with monkeypatch.context() as patch:
+            if "bit_gemv" in name:
+                patch.setattr(lutq.cuda, "bit_blocks", bit_blocks)
             patch.setattr(stand_in, name, lambda *arguments: 98, raising=False)
             with pytest.raises(RuntimeError, match="could not be launched: error 98"):
                 multiply(torch.ones(M, FEW_INPUTS).half(), random_packed(20, FEW_INPUTS, layer), layer)

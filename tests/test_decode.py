@@ -459,8 +459,8 @@ def test_layers_in_kernel_order_leave_sums_that_kernels_read(monkeypatch):
     (joint,) = join([kernel_order(64, 300, layer, i, bias=True) for i in range(2)])
     asked = []
 
-    def sum_parts(ready, K, layer, gpu):
-        asked.append((ready, K, layer, gpu))
+    def sum_parts(ready, N, K, layer, gpu):
+        asked.append((ready, N, K, layer, gpu))
         return 1
 
     def multiply_sums(x, ready, partial, N, layer):
@@ -474,7 +474,7 @@ def test_layers_in_kernel_order_leave_sums_that_kernels_read(monkeypatch):
     assert joint.slabs(2, torch.float16) == 0, "several rows"
     assert joint.slabs(1, torch.bfloat16) == 0, "a bias of another dtype"
     assert joint.slabs(1, torch.float16) == 1
-    assert asked == [(joint.ready, 300, layer, "a GPU")]
+    assert asked == [(joint.ready, 128, 300, layer, "a GPU")]
     (y,) = place([joint], 1, 1, torch.zeros(128))
     reference.multiply(joint, torch.zeros(1, 300), y)
     assert torch.equal(y.finished(), 7 + joint.bias[None].float())

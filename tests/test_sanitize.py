@@ -34,17 +34,29 @@ class Entries:
 
 
 @pytest.mark.parametrize("gpu", [Gpu("X", 132, 232448, True, True), Gpu("X", 132, 166912, False, False)])
-def test_cases_of_lut_gemv_are_what_the_kernel_takes(sanitize, monkeypatch, gpu):
-    """Those of its launch in kernels/lut_gemv.cuh, with work for every cluster: y by one block and by two, and sums."""
-    seen = []
+def test_cases_of_one_row_are_what_the_kernels_take(sanitize, monkeypatch, gpu):
+    """Those of the launches in bit_gemv.cuh and lut_gemv.cuh, with work for every block: y by one block and by two, in one pass
+    and in two; and sums.
+    """
+    all_seen = []
     for module in (sanitize, lutq.cuda):
         monkeypatch.setattr(module, "properties", lambda device: gpu)
         monkeypatch.setattr(module, "kernels", lambda device: Entries())
-    monkeypatch.setattr(lutq.cuda, "start", lambda entry, a, partial, *how: seen.append((entry, a, partial.value, *how)))
-    assert sum(sanitize.one_row(torch.device("cpu"), bits) for bits in (1, 2, 3, 4)) == len(seen)
+    monkeypatch.setattr(lutq.cuda, "start", lambda entry, a, *how: all_seen.append((entry, a, *how)))
+    assert sum(sanitize.one_row(torch.device("cpu"), bits) for bits in (1, 2, 3, 4)) == len(all_seen)
     if not gpu.clusters:
-        assert not seen
+        assert not all_seen
         return
+    by_bits = [(entry, a, *how) for entry, a, *how in all_seen if "bit_gemv" in entry]
+    for entry, a, blocks in by_bits:
+        about = {name: getattr(a, name) for name, _ in a._fields_} | {"blocks": blocks}
+        assert entry == f"lutq_bit_gemv_{a.bits}bit", about
+        assert (a.M, a.group % 128, a.x % 16) == (1, 0, 0), about
+        assert 1 <= blocks <= -(-a.N // 16), about
+    assert {(a.bits, a.grid) for _, a, _ in by_bits} == set(itertools.product((1, 2, 3, 4), (0, 1)))
+    assert {(a.K > 16384, blocks) for _, a, blocks in by_bits} == set(itertools.product((False, True), (1, 2)))
+    seen = [(entry, a, how[0].value, *how[1:]) for entry, a, *how in all_seen if "lut_gemv" in entry]
+    assert len(seen) + len(by_bits) == len(all_seen)
     for entry, a, partial, blocks, split in seen:
         about = {name: getattr(a, name) for name, _ in a._fields_} | {"blocks": blocks, "split": split}
         assert entry == f"lutq_lut_gemv_{a.bits}bit", about

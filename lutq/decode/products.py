@@ -131,7 +131,7 @@ class Packed:
 
         if M > 1 or (self.bias is not None and (self.bias.dtype != dtype or self.bias.data_ptr() % 16)):
             return 0
-        return sum_parts(self.ready, self.K, self.layer, properties(self.ready.codes.device))
+        return sum_parts(self.ready, self.N, self.K, self.layer, properties(self.ready.codes.device))
 
     def sums_into(self, x: torch.Tensor, sums: torch.Tensor) -> None:
         """Fill sums [slabs, padded(N)] fp32, contiguous, from x [1, K]; bias is left out. Allocates as little as `into`."""

@@ -1,0 +1,3 @@
+#include "bit_gemv.cuh"
+
+LUTQ_BIT_GEMV(1)
