@@ -48,6 +48,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "feedback --refine 2": FEEDBACK | {"refine": 2},
     "feedback --distill 2": FEEDBACK | {"distill": 2},
     "feedback --distill 2 --flips": FEEDBACK | {"distill": 2, "flips": True},
+    "feedback --distill 2 --flips --rate 3e-3": FEEDBACK | {"distill": 2, "flips": True, "rate": 3e-3},
     "calibrated": read_recipe("calibrated"),
 }
 RECIPES = {4: "best-4bit", 3: "best-3bit", 2: "best-2bit", 2.5: "best-mixed"}
@@ -116,7 +117,7 @@ def main() -> None:
             figures, directory = {"bits_per_weight": 16.0, "whole_model": 16.0}, path
             if row != "fp16":
                 recipe = row.split()[0] if row.startswith("best") else None
-                stage = {"group": group} | STAGES.get(row, {}) | {"bits": bits}
+                stage = STAGES.get(row, {}) | {"bits": bits, "group": group}
                 config = make_config(recipe, **overrides) if recipe else QuantConfig(**stage)
                 directory = Path(folder) / re.sub(r"[^\w=-]+", "_", f"{row} {config.bits} {config.group}")
                 figures = quantize(path, directory, config, arguments.device)
@@ -131,7 +132,8 @@ def main() -> None:
     rows = [("fp16", 16, 0)]
     for group in arguments.groups:
         for bits in arguments.bits:
-            rows += [(row, int(bits), group) for row in arguments.rows if row != "recipes" and bits == int(bits)]
+            stages = [row for row in arguments.rows if row != "recipes" and bits == int(bits)]
+            rows += [(row, int(bits), STAGES[row].get("group", group)) for row in stages]
     if "recipes" in arguments.rows:  # they have groups of their own
         named = [(RECIPES[bits], bits, make_config(RECIPES[bits], **overrides).group) for bits in arguments.bits]
         rows += [(" ".join((recipe, *arguments.recipe_settings)), bits, group) for recipe, bits, group in named]

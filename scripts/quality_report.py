@@ -37,6 +37,8 @@ QUOTED: dict[str, dict[str, Points]] = {
     },
 }
 COMPARED = ("rtn", "feedback", "calibrated", "best-...")  # rows that stand beside them
+MORE = ("feedback --end-loss", "feedback --scale-bits 8 --group 64", "feedback --distill 2")
+PLOTTED = (*COMPARED, "greedy", "alternating", *MORE)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -49,7 +51,8 @@ def stages(result: dict[str, Any]) -> str:
     """A row per stage or recipe, perplexity (bits per weight of the quantized layers / of the whole model) per bits."""
     records = result["records"]
     fp16 = next(record for record in records if record["row"] == "fp16")
-    groups = {record["group"] for record in records if record["row"] != "fp16" and not record["row"].startswith("best")}
+    usual = [r for r in records if "--group" not in r["row"] and r["row"].split("-")[0] not in ("fp16", "calibrated", "best")]
+    groups = {record["group"] for record in usual}
     windows = f"first {fp16['windows']} / all {fp16['windows_all']}" if "windows_all" in fp16 else fp16["windows"]
     plain = "".join(f", g = {group} where nothing else is said" for group in sorted(groups))
     bits = sorted({record["bits"] for record in records} - {16}, reverse=True)
@@ -169,6 +172,11 @@ def with_quoted(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"records": result["records"] + quoted_records}
 
 
+def plotted(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """`by_row` of what the plot shows: rows that lie on each other are left out."""
+    return {row: found for row, found in by_row(records).items() if row in PLOTTED or row.endswith("(quoted)")}
+
+
 SECTION = Section("quality", "quality_report", markdown)
 
 
@@ -177,7 +185,7 @@ def main() -> None:
 
     SECTION.write()
     mpl.rcParams["axes.prop_cycle"] = mpl.cycler(color=mpl.colormaps["tab20"].colors)  # more lines than the usual ten colors
-    plot(RESULTS / "quality.png", [with_quoted(result) for result in SECTION.results()], "row", by_row, "best-...")
+    plot(RESULTS / "quality.png", [with_quoted(result) for result in SECTION.results()], "row", plotted, "best-...")
 
 
 if __name__ == "__main__":

@@ -70,5 +70,6 @@ def test_timing_is_the_better_run(report):
 
 
 def test_plot_has_what_is_quoted(report):
-    shown = report.by_row(report.with_quoted(result("opt-tiny"))["records"])
-    assert {"GPTQ (quoted)", "GPTQ, group-aware order (quoted)"} <= set(shown)
+    made_up = result("opt-tiny", record("best-4bit", 4, 4.5, 10.0), record("feedback --sweeps 0", 4, 4.5, 12.0))
+    shown = report.plotted(report.with_quoted(made_up)["records"])
+    assert list(shown) == ["best-...", "GPTQ (quoted)", "GPTQ, group-aware order (quoted)"]
