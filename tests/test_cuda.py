@@ -447,6 +447,15 @@ def test_layers_that_lut_gemm_does_faster(monkeypatch, everywhere):
 # bit_blocks
 
 
+@pytest.fixture
+def bits_everywhere(monkeypatch):
+    """bit_gemv for every layer that it takes."""
+    monkeypatch.setattr(lutq.cuda, "BIT_MOST", {})
+    bit_blocks.cache_clear()
+    yield
+    bit_blocks.cache_clear()
+
+
 BIT_SHAPES = list(itertools.product((1, 16, 100, 4096, 14336, 128256), (1, 129, 4096, 14336, 16385, 49152)))
 
 
@@ -486,6 +495,7 @@ def bit_launch(N, K, layer, blocks):
     return names | {"bytes": value(total, names)}
 
 
+@pytest.mark.usefixtures("bits_everywhere")
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_bit_gemv_needs_what_it_asks_for(bits):
     """To the byte: with as much shared memory it runs, with one byte less it does not."""
@@ -526,6 +536,7 @@ def test_every_unit_of_a_tile_has_one_warp():
         assert covered == list(range(tiles * units)), f"{tiles=} {begin=} {end=}"
 
 
+@pytest.mark.usefixtures("bits_everywhere")
 def test_layers_that_bit_gemv_does_not_take():
     for bits, grid in itertools.product((1, 2, 3, 4), GRIDS):
         for group in (32, 64, 192):
@@ -534,6 +545,14 @@ def test_layers_that_bit_gemv_does_not_take():
             assert bit_blocks(4096, 4096, LayerConfig(bits, 128, grid), gpu) == 0, f"{bits=} {gpu=}"
         assert bit_blocks(1 << 24, 4096, LayerConfig(bits, 128, grid), H200) == 0, f"{bits=} {grid=}: sums of too many rows"
         assert bit_blocks(4096, 4096, LayerConfig(bits, 0, grid), H200) == 132, f"{bits=} {grid=}"
+
+
+def test_layers_that_lut_gemm_does_faster_than_bit_gemv(monkeypatch, bits_everywhere):
+    """Large ones of some bits."""
+    monkeypatch.setattr(lutq.cuda, "BIT_MOST", {2: 200 * 1024})
+    for N, bits in ((199, (1, 2, 3, 4)), (200, (1, 3, 4))):
+        taken = [b for b in (1, 2, 3, 4) if bit_blocks(N, 1024, LayerConfig(b, 128), H200)]
+        assert taken == list(bits), f"{N=} {taken=}"
 
 
 def test_records_of_bit_gemv():
