@@ -43,13 +43,6 @@ __device__ __forceinline__ void count_both(uint32_t (&c)[4], uint32_t a0, uint32
       : "r"(a0), "r"(a1), "r"(b));
 }
 
-// The low indices of nibbles of `low`, the high ones of `high`.
-__device__ __forceinline__ uint32_t merge(uint32_t low, uint32_t high) {
-  uint32_t v;
-  asm("lop3.b32 %0, %1, 0x33333333, %2, 0xe2;" : "=r"(v) : "r"(low), "r"(high));
-  return v;
-}
-
 // The larger magnitude, or NaN.
 __device__ __forceinline__ float larger(float most, float v) {
   asm("max.NaN.f32 %0, %0, %1;" : "+f"(most) : "f"(fabsf(v)));

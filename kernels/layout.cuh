@@ -72,6 +72,13 @@ __host__ __device__ constexpr int plane_weight(int bits, int j) {
   return bits == 4 ? (j % 2 ? 8 : 2) >> j / 2 : 1 << (bits - 1 - j);
 }
 
+// The low indices of nibbles of `low`, the high ones of `high`.
+__device__ __forceinline__ uint32_t merge(uint32_t low, uint32_t high) {
+  uint32_t v;
+  asm("lop3.b32 %0, %1, 0x33333333, %2, 0xe2;" : "=r"(v) : "r"(low), "r"(high));
+  return v;
+}
+
 __device__ __forceinline__ float load_float(const void* p, int64_t i, int dtype) {
   if (dtype == F16) return __half2float(((const half*)p)[i]);
   if (dtype == BF16) return __bfloat162float(((const __nv_bfloat16*)p)[i]);

@@ -47,13 +47,6 @@ __device__ __forceinline__ float entry_of(int table, uint32_t address) {  // `ta
                       : table_entry<HALF_TABLES + 128>(address);
 }
 
-// The low indices of nibbles of `low`, the high ones of `high`.
-__device__ __forceinline__ uint32_t merge(uint32_t low, uint32_t high) {
-  uint32_t v;
-  asm("lop3.b32 %0, %1, 0x33333333, %2, 0xe2;" : "=r"(v) : "r"(low), "r"(high));
-  return v;
-}
-
 // Two inputs from k as they lie in memory, zero from `end` on.
 __device__ __forceinline__ uint2 load_pair(const Linear& a, int k, int end) {
   uint2 v = make_uint2(0, 0);
