@@ -4,7 +4,7 @@
 
 Each row is a method and the starts it tries, of which the smallest error is kept: for `alternating` by group, on the weights
 alone, as `--start best` does; for `feedback` by row of W in each group, in the metric of the calibration text. Otherwise as
-scripts/quality.py, which measures `feedback` with its usual starts; the table is printed at the end.
+scripts/quality.py; the table is printed at the end.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from lutq.quantize import quantize_checkpoint
 
 PLAIN, CALIBRATED, MORE = ("greedy", "uniform"), ("range", "uniform", "greedy"), ("fine", "quantiles")  # the first two are lutq's
 ROWS = {f"alternating: {' '.join(names)}": names for names in (PLAIN, (*PLAIN, "fine"), PLAIN + MORE)}
-ROWS |= {f"feedback: {' '.join(CALIBRATED + MORE)}": CALIBRATED + MORE}
+ROWS |= {f"feedback: {' '.join(names)}": names for names in (CALIBRATED, CALIBRATED + MORE)}
 
 
 def settings_of(row: str) -> dict[str, Any]:
