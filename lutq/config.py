@@ -23,7 +23,7 @@ from lutq.errors import LutqError
 from lutq.paths import shipped
 
 METHODS = ("rtn", "greedy", "alternating", "feedback")
-STARTS = ("range", "uniform", "greedy", "best")
+STARTS = ("range", "uniform", "greedy", "fine", "quantiles", "best")
 KEEP_BITS = 16  # head_bits that leaves the output head as it is
 MOST_OUTLIERS = 3.0  # percent; each takes 32 bits, or 48 among more than 32768 inputs
 FORMAT_VERSION = 1  # of a checkpoint that every lutq reads
@@ -80,7 +80,8 @@ class QuantConfig:
     symmetric: uniform grid without zero points, its levels at odd multiples of half a step.
     clip: `rtn` searches the clipping range by squared error; otherwise the whole range is kept.
     start: which grid `alternating` starts from: the uniform grid over the whole `range`, the clip-searched `uniform` grid,
-        the `greedy` one, or `best`: the latter two, keeping per group the smaller squared error.
+        the `greedy` one, the top planes of a `fine` uniform grid, least squares for `quantiles`, or `best`: `uniform` and
+        `greedy`, keeping per group the smaller squared error.
     iterations, tolerance: `alternating` stops after so many rounds, or when a round lowers the squared error of the rows
         at hand by less than this fraction. `feedback` starts from such fits.
     calib: the calibration text of `feedback`, `scaling`, `refine` and `distill`: books, own (what the model itself writes, see

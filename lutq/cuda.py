@@ -218,15 +218,16 @@ BIT_MOST = {2: 1 << 27}  # weights of a layer, by bits, below which bit_gemv is 
 
 @functools.lru_cache(4096)
 def bit_blocks(N: int, K: int, layer: LayerConfig, gpu: Gpu) -> int:
-    """Blocks of a launch of bit_gemv; 0 where it does not take the layer or another kernel is faster. It runs on Hopper alone: later
-    GPUs have no binary tensor cores.
+    """Blocks of a launch of bit_gemv; 0 where it does not take the layer or another kernel is faster.
+
+    It runs on Hopper alone: later GPUs have no binary tensor cores.
     """
     blocks, passes = min(ceil(N / TILE), gpu.processors), ceil(units(K) / PASS_UNITS)
     record = 32 * (layer.bits + layer.offsets) if layer.grid == "bcq" else 32 + 16 * layer.offsets
     used = BIT_WARPS * BIT_STAGES * (layer.bits * UNIT * TILE // 8 + 2 * record)
     used += 2 * ceil(units(K) / passes) * BLOCK_BYTES + ceil(ceil(N / TILE) / blocks) * BIT_WARPS * KEPT_BYTES
-    pays = N * K < BIT_MOST.get(layer.bits, math.inf)
-    return blocks if gpu.fused and layer.group % 128 == 0 and used <= gpu.shared and pays else 0
+    fits = layer.group % 128 == 0 and used <= gpu.shared and BIT_MOST.get(layer.bits, math.inf) > N * K
+    return blocks if gpu.fused and fits else 0
 
 
 class GemvPlan(NamedTuple):
