@@ -84,7 +84,7 @@ def round_on_gpu(
     g, N = wanted.shape
     wanted, factors = wanted.clone(memory_format=torch.contiguous_format), factors.contiguous()
     values, middles = levels.values.contiguous(), levels.middles.contiguous()
-    q = None if q is None else q.contiguous()
+    q = gpu_fit.contiguous(q)
     positions, r = torch.empty_like(wanted, dtype=torch.int64), torch.empty_like(wanted)
     for begin in range(0, g, TILE):
         end = min(begin + TILE, g)

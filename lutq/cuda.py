@@ -211,6 +211,11 @@ def plan(N: int, K: int, mode: int, bits: int, group: int, gpu: Gpu) -> Plan:
     return best[1]
 
 
+def record_bytes(layer: LayerConfig) -> int:
+    """Of a tile and group in kernel order: `Shape.record` of kernels/layout.cuh."""
+    return 32 * (layer.bits + layer.offsets) if layer.grid == "bcq" else 32 + 16 * layer.offsets
+
+
 # Of kernels/bit_gemv.cuh; bytes are of the bits of 128 inputs, and of a warp's sums of a tile
 BIT_WARPS, BIT_STAGES, PASS_UNITS, BLOCK_BYTES, KEPT_BYTES = 16, 4, 64, 528, 64
 BIT_MOST = {2: 1 << 27}  # weights of a layer, by bits, below which bit_gemv is the fastest; measured on an H200
@@ -223,8 +228,7 @@ def bit_blocks(N: int, K: int, layer: LayerConfig, gpu: Gpu) -> int:
     It runs on Hopper alone: later GPUs have no binary tensor cores.
     """
     blocks, passes = min(ceil(N / TILE), gpu.processors), ceil(units(K) / PASS_UNITS)
-    record = 32 * (layer.bits + layer.offsets) if layer.grid == "bcq" else 32 + 16 * layer.offsets
-    used = BIT_WARPS * BIT_STAGES * (layer.bits * UNIT * TILE // 8 + 2 * record)
+    used = BIT_WARPS * BIT_STAGES * (layer.bits * UNIT * TILE // 8 + 2 * record_bytes(layer))
     used += 2 * ceil(units(K) / passes) * BLOCK_BYTES + ceil(ceil(N / TILE) / blocks) * BIT_WARPS * KEPT_BYTES
     fits = layer.group % 128 == 0 and used <= gpu.shared and BIT_MOST.get(layer.bits, math.inf) > N * K
     return blocks if gpu.fused and fits else 0
@@ -293,8 +297,7 @@ MOST_GROUPS = {16: 4, 32: 3, 64: 2}  # warpgroups of products of a block, by mod
 @functools.lru_cache(4096)
 def fused_plan(N: int, K: int, rows: int, layer: LayerConfig, gpu: Gpu) -> FusedPlan:
     """The launch of fused_gemm for a mode of FUSED, whatever M: it decides in which order a row is summed."""
-    record = 32 * (layer.bits + layer.offsets) if layer.grid == "bcq" else 32 + 16 * layer.offsets
-    unit = layer.bits * 2048 + (2 if layer.group % 128 == 0 else 8) * 4 * record
+    unit = layer.bits * 2048 + (2 if layer.group % 128 == 0 else 8) * 4 * record_bytes(layer)
     groups = MOST_GROUPS[rows]
     split = 2 if units(K) > 1 else 1  # halves what a block reads of x
     for waves in range(1, panels(N) + 1):
@@ -457,13 +460,11 @@ def multiply_packed(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None
     for begin in range(0, x.shape[0], mode):
         part = slice(begin, begin + mode)
         a = arguments(x[part], ready, bias, y[part], layer)
-        blocks = bit_blocks(a.N, a.K, layer, gpu) if mode == ONE else 0
-        how = gemv_plan(a.N, a.K, layer, gpu) if mode == ONE else None
         if fused:
             run_fused(found, a, mode, layer, gpu)
-        elif blocks:
+        elif mode == ONE and (blocks := bit_blocks(a.N, a.K, layer, gpu)):
             run_bits(found, a, blocks)
-        elif how:
+        elif mode == ONE and (how := gemv_plan(a.N, a.K, layer, gpu)):
             run_gemv(found, a, how)
         else:
             run_lut(found, a, mode, gpu)
@@ -473,7 +474,8 @@ def sum_parts(ready: Prepacked, N: int, K: int, layer: LayerConfig, gpu: Gpu) ->
     """Sums of an output that `multiply_sums` leaves, one for every slab of inputs; 0 where it does not take the layer, or
     bit_gemv does, which needs none.
     """
-    return 0 if bit_blocks(N, K, layer, gpu) or not (takes_gemv(layer, gpu) and fits_packed(ready, layer)) else slabs(K)
+    by_gemv = takes_gemv(layer, gpu) and fits_packed(ready, layer) and not bit_blocks(N, K, layer, gpu)
+    return slabs(K) if by_gemv else 0
 
 
 def multiply_sums(x: torch.Tensor, ready: Prepacked, partial: torch.Tensor, N: int, layer: LayerConfig) -> None:

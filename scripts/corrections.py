@@ -10,11 +10,9 @@ README's table.
 
 import argparse
 import json
-import statistics
-import time
 
 import torch
-from cpu import processor
+from cpu import median_ms, processor
 from measured import machine
 from readme import RESULTS
 
@@ -51,12 +49,8 @@ def time_us(N: int, K: int, outliers: float, rank: int, device: torch.device) ->
         layers = [first, *(make(N, K, outliers, rank, device) for _ in range(copies(nbytes, l2_bytes(device)) - 1))]
         x = torch.randn(1, K, device=device, dtype=torch.float16)
         return time_graph(lambda i: layers[i % len(layers)](x), LAUNCHES, REPEATS).us
-    module, x, times = make(N, K, outliers, rank, device), torch.randn(1, K), []
-    for _ in range(RUNS + 1):
-        begin = time.perf_counter()
-        module(x)
-        times.append(time.perf_counter() - begin)
-    return 1e6 * statistics.median(times[1:])  # the first one allocates
+    module, x = make(N, K, outliers, rank, device), torch.randn(1, K)
+    return 1000 * median_ms(lambda: module(x), RUNS)
 
 
 def main() -> None:

@@ -10,9 +10,7 @@ from readme import Section
 
 def title(record: dict[str, Any]) -> str:
     """The corrections of a record as flags."""
-    flags = [f"--outliers {record['outliers']:g}"] * bool(record["outliers"]) + [f"--low-rank {record['low_rank']}"] * bool(
-        record["low_rank"]
-    )
+    flags = [f"--{name.replace('_', '-')} {record[name]:g}" for name in ("outliers", "low_rank") if record[name]]
     return f"`{' '.join(flags)}`" if flags else "none"
 
 

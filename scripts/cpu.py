@@ -32,11 +32,11 @@ def processor() -> str:
     return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
 
 
-def median_ms(run: Callable[[], object]) -> float:
+def median_ms(run: Callable[[], object], runs: int = RUNS) -> float:
     """Milliseconds, after one run to warm up."""
     run()
     times = []
-    for _ in range(RUNS):
+    for _ in range(runs):
         begin = time.perf_counter()
         run()
         times.append(1000 * (time.perf_counter() - begin))
