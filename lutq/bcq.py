@@ -11,7 +11,7 @@ fp16 values (held in fp32), non-negative and in descending order, with codes tha
 
 Grids to start from: `range`, the uniform grid over the whole range, in BCQ form; `uniform`, the clip-searched one; `greedy`;
 `fine`, the top planes of a clip-searched grid of more bits; `quantiles`, least squares for codes that cut a group into equal
-parts. `best` is those in `BEST`: with `fine` its error would be smaller and perplexity not (scripts/quality_starts.py).
+parts. `best` is all of these: of each group the fit with the smallest error is kept.
 
 An error e [R, g] is measured as |e|^2, or as |e whiten|^2 with `whiten` [g] (the root of each input's importance) or [g, g]
 (see lutq/solve.py).
@@ -24,7 +24,7 @@ import torch
 
 from lutq import gpu_fit, uniform
 
-BEST = ("greedy", "uniform")  # the starts of `best`
+BEST = ("range", "uniform", "greedy", "fine", "quantiles")  # the starts of `best`
 FINER = 2  # bits that the uniform grid of the start `fine` has more
 
 

@@ -80,8 +80,8 @@ class QuantConfig:
     symmetric: uniform grid without zero points, its levels at odd multiples of half a step.
     clip: `rtn` searches the clipping range by squared error; otherwise the whole range is kept.
     start: which grid `alternating` starts from: the uniform grid over the whole `range`, the clip-searched `uniform` grid,
-        the `greedy` one, the top planes of a `fine` uniform grid, least squares for `quantiles`, or `best`: `uniform` and
-        `greedy`, keeping per group the smaller squared error.
+        the `greedy` one, the top planes of a `fine` uniform grid, least squares for `quantiles`, or `best`: all of these,
+        keeping per group the smallest squared error.
     iterations, tolerance: `alternating` stops after so many rounds, or when a round lowers the squared error of the rows
         at hand by less than this fraction. `feedback` starts from such fits.
     calib: the calibration text of `feedback`, `scaling`, `refine` and `distill`: books, own (what the model itself writes, see

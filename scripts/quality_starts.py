@@ -3,8 +3,8 @@
     python scripts/quality_starts.py opt-tiny
 
 Each row is a method and the starts it tries, of which the smallest error is kept: for `alternating` by group, on the weights
-alone, as `--start best` does; for `feedback` by row of W in each group, in the metric of the calibration text. Otherwise as
-scripts/quality.py; the table is printed at the end.
+alone, as `--start best` does with all there are; for `feedback` by row of W in each group, in the metric of the calibration
+text. Otherwise as scripts/quality.py; the table is printed at the end.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from lutq.evaluate import measure
 from lutq.hf import load
 from lutq.quantize import quantize_checkpoint
 
-PLAIN, CALIBRATED, MORE = ("greedy", "uniform"), ("range", "uniform", "greedy"), ("fine", "quantiles")  # the first two are lutq's
+PLAIN, CALIBRATED, MORE = ("greedy", "uniform"), ("range", "uniform", "greedy"), ("fine", "quantiles")
 ROWS = {f"alternating: {' '.join(names)}": names for names in (PLAIN, (*PLAIN, "fine"), PLAIN + MORE)}
 ROWS |= {f"feedback: {' '.join(names)}": names for names in (CALIBRATED, CALIBRATED + MORE)}
 
