@@ -37,7 +37,9 @@ def make(N: int, K: int, outliers: float, rank: int, device: torch.device) -> Lu
     for name, (shape, dtype) in residual_shapes(N, K, layer).items():
         numbers = torch.randn(shape, device=device) if dtype.is_floating_point else torch.randint(K, shape, device=device)
         tensors[name] = numbers.to(dtype)
-    return LutLinear.from_packed(Corrected(random_packed(N, K, bare, device), Residual(**tensors)), K, layer)
+    module = LutLinear.from_packed(Corrected(random_packed(N, K, bare, device), Residual(**tensors)), K, layer)
+    module.prepack()  # which is not possible inside a graph
+    return module
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ def markdown(result: dict[str, Any]) -> str:
     records = result["records"]
     shapes = list(dict.fromkeys((record["n"], record["k"]) for record in records))
     lines = [
-        f"{result['device']}, torch {result['torch']}, {result['date']}; us of a product at 3 bits:",
+        f"{result['device'].removeprefix('NVIDIA ')}, torch {result['torch']}, {result['date']}; us of a product at 3 bits:",
         "",
         f"| corrections | {' | '.join(f'{N}x{K}' for N, K in shapes)} |",
         f"|---|{'---|' * len(shapes)}",

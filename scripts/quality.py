@@ -1,7 +1,8 @@
-"""Measure what each calibrated stage adds and what the shipped recipes reach, into `scripts/results/quality-NAME.json`.
+r"""Measure what each calibrated stage adds and what the shipped recipes reach, into `scripts/results/quality-NAME.json`.
 
     python scripts/quality.py opt-tiny --groups 128
-    python scripts/quality.py smollm2-135m --groups 64 --max-windows 10 --recipe-settings group=64 scale_bits=16
+    python scripts/quality.py smollm2-135m --bits 4 3 2 --groups 64 --max-windows 10 --rows recipes \
+        --recipe-settings group=64 scale_bits=16 rate=1e-3
 
 The second model is a directory that scripts/smollm2.py makes.
 

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
         ("quality_report", 2),
         ("precisions_report", 1),
         ("residual_report", 1),
-        ("corrections_report", 1),
+        ("corrections_report", 2),
         ("cpu_report", 1),
         ("kernel_report", 1),
         ("decode_report", 1),
