@@ -17,13 +17,27 @@
 // to its warps in equal shares; each copies weights ahead into a ring of its own, before the previous kernel ends. A block takes
 // more than half of a processor: of two that fit, one processor would get both where another gets none. Sums are added in the same
 // order every time.
+//
+// A step of a decoder has norms before its products and sums and activations after them (lutq/decode/engine.py). This kernel does
+// these, too, where it is told (`Fusion`): each block needs all of x anyway, and has whole outputs.
 #pragma once
-#include "launch.cuh"
-#include "layout.cuh"
+#include "step.cuh"
+
+// What a product does besides. The field order is that of lutq/cuda.py.
+struct Fusion {
+  const void* weight;  // [K], or null: x, which is fp32 and has 16384 numbers at most, is taken by its norm
+  const void* shift;   // [K], or null: of a LayerNorm
+  float eps;
+  int centered, dtype;  // of the norm: whether it is a LayerNorm; of weight and shift, 16 bits
+  int function;         // decode::Function of the outputs, or -1
+  int gated;            // whether y is [N / 2], outputs n, after the function, times outputs n + N / 2
+  int add;              // whether y, which is fp32, is what was there plus what would be
+};
 
 namespace {
 
 constexpr int BIT_WARPS = 16, BIT_THREADS = BIT_WARPS * 32, BIT_STAGES = 4, BIT_EARLY = 1;
+constexpr int SPARE_THREADS = 128;  // for which registers are left: other kernels of a step begin while this one runs
 constexpr int BLOCK_INPUTS = 128, BLOCK_BYTES = 512 + 16;  // of their bits: for each lane three words and a factor; then 4 halves
 constexpr int PASS_UNITS = 64;                             // of whose inputs there are bits at a time, at most
 constexpr int TOP = 22;                                    // |m| < 2^TOP, and bit TOP is its sign
@@ -49,47 +63,114 @@ __device__ __forceinline__ float larger(float most, float v) {
   return most;
 }
 
+// Where the fours of lane t in a block of 128 inputs, k and on, are: at 16 (t / 2) + 4 (t % 2) and every 8, then 24 further on.
+__device__ __forceinline__ int four_at(int k, int t, int j) { return k + 16 * (t / 2) + 4 * (t % 2) + 16 * j - 8 * (j % 2); }
+
+__device__ __forceinline__ float4 as_float4(uint2 raw, int dtype) {  // of 16 bits
+  if (dtype == F16) {
+    const float2 low = as_float2(raw.x), high = as_float2(raw.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+  }
+  return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
+                     __uint_as_float(raw.y & 0xffff0000u));
+}
+
 // The 32 inputs of a lane, in eight fours, as they lie in memory.
 struct Inputs {
   uint4 fours[8];  // two words each of 16-bit dtypes
 
-  // Lane t has of a block of 128 inputs, k and on, the fours at 16 (t / 2) + 4 (t % 2) and every 8, then 24 further on. Zero past
-  // K, and nothing but zero if not `there`. Rows hold K rounded up to 8 inputs, on 16 bytes.
+  // Zero past K, and nothing but zero if not `there`. Rows hold K rounded up to 8 inputs, on 16 bytes.
   __device__ __forceinline__ void load(const Linear& a, int k, int t, bool there) {
-    const int from = k + 16 * (t / 2) + 4 * (t % 2);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      const int at = from + 16 * j - 8 * (j % 2);
+      const int at = four_at(k, t, j);
       const bool in = there && at < a.K;
       fours[j] = make_uint4(0, 0, 0, 0);
       if (in && a.x_dtype == F32) fours[j] = ((const uint4*)a.x)[at / 4];
       if (in && a.x_dtype != F32) *(uint2*)&fours[j] = ((const uint2*)a.x)[at / 4];
     }
   }
-  __device__ __forceinline__ float4 floats(int j, int dtype) const {
-    const uint4 raw = fours[j];
-    if (dtype == F16) {
-      const float2 low = as_float2(raw.x), high = as_float2(raw.y);
-      return make_float4(low.x, low.y, high.x, high.y);
+  __device__ __forceinline__ void spread(float (&x)[8][4], int dtype) const {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float4 v = dtype == F32 ? *(const float4*)&fours[j] : as_float4(make_uint2(fours[j].x, fours[j].y), dtype);
+      x[j][0] = v.x, x[j][1] = v.y, x[j][2] = v.z, x[j][3] = v.w;
     }
-    const float4 v = make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
-                                 __uint_as_float(raw.y & 0xffff0000u));
-    return dtype == BF16 ? v : make_float4(__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z), __uint_as_float(raw.w));
   }
 };
 
-// The bits of a block of 128 inputs, of which each of four lanes t has 32, go to `own`, if they are `there`. In the words of lane t
-// bit 8 c + q is input 32 w + 16 (t / 2) + 8 h + 4 (t % 2) + i, where q = 4 h + 2 (w % 2) + i % 2 and c = 2 (w / 2) + i / 2
-// (layout.cuh). Products come out 2^-SCALE times as large, and half of that if DOUBLE.
+// Weight and shift of a norm for the inputs of a thread, on their way into 4096 bytes that its warp has for them.
+__device__ __forceinline__ void copy_norm(uint32_t to, const Fusion& by, int K, int k, int t) {
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const int at = four_at(k, t, j);
+    if (at < K) copy_few<8>(to + j * 256, (const uint16_t*)by.weight + at);
+    if (at < K && by.shift) copy_few<8>(to + 2048 + j * 256, (const uint16_t*)by.shift + at);
+  }
+}
+
+// What a norm makes of K numbers of which every thread has 32, 0 past K, but for the factor of an RMSNorm, which `factor_of` gives
+// at the end: nobody waits for it here. `found`: of every warp how many numbers it has, their mean, their squares; those of a
+// LayerNorm are of differences from the mean (Chan, Golub, LeVeque 1983).
+__device__ __forceinline__ void normalize(float (&x)[8][4], const Fusion& by, int K, int k, int t, uint32_t copied, float4* found) {
+  const int lane = threadIdx.x & 31;
+  float count = 0.f, mean = 0.f, square = 0.f, factor = 1.f;
+  if (by.centered) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) mean += x[i / 4][i % 4], count += four_at(k, t, i / 4) < K ? 1.f : 0.f;
+    count = decode::warp_sum(count), mean = decode::warp_sum(mean) / fmaxf(count, 1.f);
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+      const float off = four_at(k, t, i / 4) < K ? x[i / 4][i % 4] - mean : 0.f;
+      square += off * off;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 32; i++) square += x[i / 4][i % 4] * x[i / 4][i % 4];
+  }
+  square = decode::warp_sum(square);
+  if (lane == 0) found[threadIdx.x / 32] = make_float4(count, mean, square, 0.f);
+  if (by.centered) {
+    __syncthreads();
+    const float4 part = lane < BIT_WARPS ? found[lane] : make_float4(0.f, 0.f, 0.f, 0.f);
+    mean = decode::warp_sum(part.x * part.y) / K;
+    factor = rsqrtf(decode::warp_sum(part.z + part.x * (part.y - mean) * (part.y - mean)) / K + by.eps);
+  }
+  if (threadIdx.x / 32 * 8 * BLOCK_INPUTS >= K) return;  // no input of the warp is there
+  uint2 weight[8], shift[8];                             // anything past K
+#pragma unroll
+  for (int j = 0; j < 8; j++) weight[j] = load_shared2(copied + j * 256), shift[j] = make_uint2(0, 0);
+  if (by.shift) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) shift[j] = load_shared2(copied + 2048 + j * 256);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const float4 w = as_float4(weight[j], by.dtype), b = as_float4(shift[j], by.dtype);
+    const bool in = four_at(k, t, j) < K;
+    x[j][0] = in ? (x[j][0] - mean) * factor * w.x + b.x : 0.f, x[j][1] = in ? (x[j][1] - mean) * factor * w.y + b.y : 0.f;
+    x[j][2] = in ? (x[j][2] - mean) * factor * w.z + b.z : 0.f, x[j][3] = in ? (x[j][3] - mean) * factor * w.w + b.w : 0.f;
+  }
+  __syncwarp();  // what was copied has been read
+}
+__device__ __forceinline__ float factor_of(const Fusion& by, int K, const float4* found) {
+  float square = 0.f;
+#pragma unroll
+  for (int w = 0; w < BIT_WARPS; w++) square += found[w].z;
+  return rsqrtf(square / K + by.eps);
+}
+
+// The bits of a block of 128 inputs, of which each of four lanes t has 32, as Inputs has them, go to `own`, if they are `there`. In
+// the words of lane t bit 8 c + q is input 32 w + 16 (t / 2) + 8 h + 4 (t % 2) + i, where q = 4 h + 2 (w % 2) + i % 2 and
+// c = 2 (w / 2) + i / 2 (layout.cuh). Products come out 2^-SCALE times as large, and half of that if DOUBLE.
 template <int SCALE, bool DOUBLE>
-__device__ __forceinline__ void make_bits(const Inputs& inputs, int dtype, bool there, unsigned char* own, int t) {
+__device__ __forceinline__ void make_bits(const float (&x)[8][4], bool there, unsigned char* own, int t) {
   float v[8][4];  // [q][c]
   float most = 0.f;
 #pragma unroll
   for (int j = 0; j < 8; j++) {
     const int w = j / 2, h = j % 2, q = 4 * h + 2 * (w % 2), c = 2 * (w / 2);
-    const float4 x = inputs.floats(j, dtype);
-    v[q][c] = x.x, v[q + 1][c] = x.y, v[q][c + 1] = x.z, v[q + 1][c + 1] = x.w;
+    v[q][c] = x[j][0], v[q + 1][c] = x[j][1], v[q][c + 1] = x[j][2], v[q + 1][c + 1] = x[j][3];
   }
 #pragma unroll
   for (int i = 0; i < 32; i++) most = larger(most, v[i / 4][i % 4]);
@@ -148,7 +229,8 @@ template <int SHIFT, int MORE> __device__ __forceinline__ float add_counts(const
   return v;
 }
 
-// Of a launch: how many tiles a block has, and how many blocks have one more; units of a pass; 2^32 / (group / 32), rounded up.
+// Of a launch: how many tiles, or pairs of tiles where outputs are gated, a block has, and how many blocks have one more; units of a
+// pass; 2^32 / (group / 32), rounded up.
 struct Deal {
   int tiles, more, units, passes;
   unsigned per_group;
@@ -163,17 +245,22 @@ struct Share {
   }
 };
 
-template <int BITS, int GRID, bool OFFSETS>
-__global__ void __launch_bounds__(BIT_THREADS, 1) bit_gemv(const Linear a, const Shape shape, const Deal deal) {
+// Of a pass, for whole warps that make them.
+__host__ __device__ __forceinline__ int bits_bytes(int units) { return (units + 3) / 4 * 8 * BLOCK_BYTES; }
+
+template <int BITS, int GRID, bool OFFSETS, bool MORE>
+__global__ void __launch_bounds__(BIT_THREADS + SPARE_THREADS, 1) bit_gemv(const Linear a, const Shape shape, const Deal deal, const Fusion fusion) {
 #if __CUDA_ARCH__ == 900  // earlier GPUs have not been measured, later ones do without binary tensor cores
   using Slot = Slot<BITS, GRID, OFFSETS>;
   constexpr int PAIRS = BITS / 2, SHIFT = 26 + (GRID == UNIFORM ? BITS : 1);  // so that no weight is above 2^127
   extern __shared__ __align__(128) unsigned char memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane >> 2, t = lane & 3;
-  const int first = blockIdx.x * deal.tiles + min((int)blockIdx.x, deal.more), tiles = deal.tiles + ((int)blockIdx.x < deal.more);
+  const int together = MORE && fusion.gated ? 2 : 1, first = together * (blockIdx.x * deal.tiles + min((int)blockIdx.x, deal.more));
+  const int tiles = together * (deal.tiles + ((int)blockIdx.x < deal.more));
   const uint32_t base = shared_address(memory), ring = base + warp * Slot::RING, table = base + BIT_WARPS * Slot::RING;
   unsigned char* const x_bits = memory + BIT_WARPS * Slot::RING;
-  float* const kept = (float*)(x_bits + 2 * deal.units * BLOCK_BYTES);  // [tiles][warps][16]
+  float4* const found = (float4*)(x_bits + bits_bytes(deal.units));  // [warps], see normalize
+  float* const kept = (float*)(found + BIT_WARPS);                   // [tiles][warps][16]
 
   auto unit_of = [&](int pass) { return min(deal.units * pass, shape.units); };  // the first of a pass
   // what is copied next: unit `next_unit` for tile first + next_tile, and how many are left of the pass
@@ -182,8 +269,9 @@ __global__ void __launch_bounds__(BIT_THREADS, 1) bit_gemv(const Linear a, const
   const int piece = lane / Slot::VECTORS;
   const unsigned char *codes, *records;
   auto go_to_tile = [&] {
-    codes = a.codes + place_of(first + next_tile, next_unit, shape.units) * Slot::CODES + lane * 16;
-    records = a.records + place_of(first + next_tile, 0, shape.groups) * Slot::RECORD + (lane - piece * Slot::VECTORS) * 16;
+    const int next = first + next_tile, tile = together > 1 ? next % 2 * (shape.tiles / 2) + next / 2 : next;
+    codes = a.codes + place_of(tile, next_unit, shape.units) * Slot::CODES + lane * 16;
+    records = a.records + place_of(tile, 0, shape.groups) * Slot::RECORD + (lane - piece * Slot::VECTORS) * 16;
   };
   auto push = [&] {
     while (left == 0 && pass < deal.passes - 1) {
@@ -204,7 +292,13 @@ __global__ void __launch_bounds__(BIT_THREADS, 1) bit_gemv(const Linear a, const
     commit();
   };
 
+  const int own_block = threadIdx.x / 4;
+  const uint32_t copied = table + warp * (8 * BLOCK_BYTES) + lane * 8;
   launch_dependents();
+  if (MORE && fusion.weight) {
+    copy_norm(copied, fusion, a.K, own_block * BLOCK_INPUTS, t);
+    commit();
+  }
 #pragma unroll
   for (int i = 0; i < BIT_EARLY; i++) push();
   for (int i = threadIdx.x; i < tiles * BIT_WARPS * TILE; i += BIT_THREADS) kept[i] = 0.f;
@@ -212,22 +306,33 @@ __global__ void __launch_bounds__(BIT_THREADS, 1) bit_gemv(const Linear a, const
   const float sign = (t == 3 ? -1.f : 1.f) * power_of_two(149 - SHIFT + 4);
   uint32_t at = ring;
   wait_previous();
+  const int outputs = tiles * TILE / together, first_output = first * TILE / together;
+  float before = 0.f;  // what is added to the thread's first output
 
   for (int now = 0; now < deal.passes; now++) {
     const int begin = unit_of(now), end = unit_of(now + 1), blocks = 2 * (end - begin);
     if (now) __syncthreads();  // everybody is done with the bits of the pass before
     Inputs inputs;
-    int block = warp * 8 + lane / 4;
+    int block = own_block;
     inputs.load(a, (2 * begin + block) * BLOCK_INPUTS, t, block < blocks);
     if (now == 0) {
+      const int n = first_output + threadIdx.x;
+      if (MORE && fusion.add && threadIdx.x < outputs && n < a.N) before = ((const float*)a.y)[n];
 #pragma unroll
       for (int i = BIT_EARLY; i < BIT_STAGES - 1; i++) push();  // after x, in whose way they would be
     }
+    float x[8][4];
+    inputs.spread(x, a.x_dtype);
+    if (MORE && fusion.weight) {
+      wait_copies<BIT_STAGES - 1>();  // what came before all weights
+      normalize(x, fusion, a.K, block * BLOCK_INPUTS, t, copied, found);
+    }
     while (true) {
-      if (block - lane / 4 < blocks) make_bits<SHIFT, GRID == BCQ>(inputs, a.x_dtype, block < blocks, x_bits + block * BLOCK_BYTES, t);
+      if (block - lane / 4 < blocks) make_bits<SHIFT, GRID == BCQ>(x, block < blocks, x_bits + block * BLOCK_BYTES, t);
       block += BIT_WARPS * 8;
       if (block - lane / 4 >= blocks) break;
       inputs.load(a, (2 * begin + block) * BLOCK_INPUTS, t, block < blocks);
+      inputs.spread(x, a.x_dtype);
     }
     __syncthreads();
     Share share(tiles, begin, end, warp);
@@ -307,34 +412,53 @@ __global__ void __launch_bounds__(BIT_THREADS, 1) bit_gemv(const Linear a, const
     }
   }
   __syncthreads();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < tiles * TILE; i += BIT_THREADS) {
+  const float scale = power_of_two(KEPT_SHIFT) * (MORE && fusion.weight && !fusion.centered ? factor_of(fusion, a.K, found) : 1.f);
+  auto output = [&](int tile, int row, int n) {  // bias and all
     float total = 0.f;
 #pragma unroll
-    for (int w = 0; w < BIT_WARPS; w++) total += kept[(i / TILE * BIT_WARPS + w) * TILE + i % TILE];
-    finish(a, 0, first * TILE + i, total * power_of_two(KEPT_SHIFT));
+    for (int w = 0; w < BIT_WARPS; w++) total += kept[(tile * BIT_WARPS + w) * TILE + row];
+    total *= scale;
+    return a.bias ? total + load_float(a.bias, n, a.bias_dtype) : total;
+  };
+#pragma unroll 1
+  for (int i = threadIdx.x; i < outputs; i += BIT_THREADS) {
+    const int n = first_output + i, tile = together * (i / TILE), row = i % TILE;
+    if (n >= a.N) break;
+    float v = output(tile, row, n);
+    if (MORE && fusion.function >= 0) v = decode::apply(fusion.function, v);
+    if (together > 1) v *= output(tile + 1, row, n + a.N / 2);
+    if (MORE && fusion.add) v += i == threadIdx.x ? before : ((const float*)a.y)[n];
+    store_float(a.y, n, a.y_dtype, v);
   }
 #endif
 }
 
-template <int BITS, int GRID, bool OFFSETS> int launch_bits(const Linear& a, int blocks, cudaStream_t stream) {
+template <int BITS, int GRID, bool OFFSETS> int launch_bits(const Linear& a, const Fusion& fusion, int blocks, cudaStream_t stream) {
   using Slot = Slot<BITS, GRID, OFFSETS>;
   const Shape shape(a, 1);
-  if (a.group % BLOCK_INPUTS) return cudaErrorInvalidValue;
+  const int together = fusion.gated ? 2 : 1, deals = shape.tiles / together;
   const int most = (shape.units + PASS_UNITS - 1) / PASS_UNITS, units = (shape.units + most - 1) / most;  // passes of equal length
-  const Deal deal{shape.tiles / blocks, shape.tiles % blocks, units, (shape.units + units - 1) / units,
+  const Deal deal{deals / blocks, deals % blocks, units, (shape.units + units - 1) / units,
                   (unsigned)(((1ull << 32) + a.group / 32 - 1) / (a.group / 32))};
-  const size_t bytes = BIT_WARPS * Slot::RING + 2 * units * BLOCK_BYTES + (deal.tiles + (deal.more > 0)) * BIT_WARPS * TILE * 4;
-  return launch_kernel(bit_gemv<BITS, GRID, OFFSETS>, blocks, 1, BIT_THREADS, bytes, stream, a, shape, deal);
+  if (a.group % BLOCK_INPUTS || (fusion.gated && a.N % (2 * TILE)) || (fusion.add && a.y_dtype != F32)) return cudaErrorInvalidValue;
+  if (fusion.weight && (deal.passes > 1 || a.x_dtype != F32 || fusion.dtype == F32)) return cudaErrorInvalidValue;
+  if (fusion.shift && !fusion.centered) return cudaErrorInvalidValue;  // see factor_of
+  const size_t bytes = BIT_WARPS * Slot::RING + bits_bytes(units) + BIT_WARPS * sizeof(float4) +
+                       together * (deal.tiles + (deal.more > 0)) * BIT_WARPS * TILE * 4;
+  const bool more = fusion.weight || fusion.function >= 0 || fusion.gated || fusion.add;
+  return launch_kernel(more ? bit_gemv<BITS, GRID, OFFSETS, true> : bit_gemv<BITS, GRID, OFFSETS, false>, blocks, 1, BIT_THREADS, bytes,
+                       stream, a, shape, deal, fusion);
 }
 
 }  // namespace
 
-// M = 1 and groups of multiples of 128, on GPUs of compute capability 9.0; at most as many blocks as there are tiles.
-// Returns a cudaError_t.
-#define LUTQ_BIT_GEMV(BITS)                                                                                       \
-  extern "C" int lutq_bit_gemv_##BITS##bit(const Linear* a, int blocks, cudaStream_t stream) {                    \
-    if (a->grid == BCQ)                                                                                           \
-      return a->offsets ? launch_bits<BITS, BCQ, true>(*a, blocks, stream) : launch_bits<BITS, BCQ, false>(*a, blocks, stream); \
-    return a->offsets ? launch_bits<BITS, UNIFORM, true>(*a, blocks, stream) : launch_bits<BITS, UNIFORM, false>(*a, blocks, stream); \
+// M = 1 and groups of multiples of 128, on GPUs of compute capability 9.0; at most as many blocks as there are tiles, or pairs of
+// tiles where outputs are gated. Returns a cudaError_t.
+#define LUTQ_BIT_GEMV(BITS)                                                                                                    \
+  extern "C" int lutq_bit_gemv_##BITS##bit(const Linear* a, const Fusion* fusion, int blocks, cudaStream_t stream) {           \
+    if (a->grid == BCQ)                                                                                                        \
+      return a->offsets ? launch_bits<BITS, BCQ, true>(*a, *fusion, blocks, stream)                                            \
+                        : launch_bits<BITS, BCQ, false>(*a, *fusion, blocks, stream);                                          \
+    return a->offsets ? launch_bits<BITS, UNIFORM, true>(*a, *fusion, blocks, stream)                                          \
+                      : launch_bits<BITS, UNIFORM, false>(*a, *fusion, blocks, stream);                                        \
   }

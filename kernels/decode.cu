@@ -165,21 +165,12 @@ __global__ void __launch_bounds__(SHARED ? SHARED_THREADS : NORM_THREADS, 1) nor
 
 // y = f(gate) * up, or f(gate)
 
-enum Function { RELU = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
-
 struct Activation {
   Result gate;  // [M, F]
   Result up;    // [M, F], or nothing
   void* y;      // [M, F]
   int M, F, function, dtype;
 };
-
-__device__ __forceinline__ float apply(int function, float v) {
-  if (function == RELU) return fmaxf(v, 0.f);
-  if (function == SILU) return v / (1.f + __expf(-v));
-  if (function == GELU) return 0.5f * v * (1.f + erff(v * 0.70710678f));
-  return 0.5f * v * (1.f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-}
 
 constexpr int FEW = 32;  // the same where sums are read, which more processors do faster
 

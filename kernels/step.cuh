@@ -1,4 +1,4 @@
-// What the kernels of a decode step share: numbers by eights, the results of products, sums over a warp and a cluster.
+// What the kernels of a decode step share: numbers by eights, the results of products, activations, sums over a warp and a cluster.
 #pragma once
 #include "launch.cuh"
 #include "layout.cuh"
@@ -86,6 +86,15 @@ __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int o = 16; o; o /= 2) v += __shfl_xor_sync(~0u, v, o);
   return v;
+}
+
+enum Function { RELU = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
+
+__device__ __forceinline__ float apply(int function, float v) {
+  if (function == RELU) return fmaxf(v, 0.f);
+  if (function == SILU) return v / (1.f + __expf(-v));
+  if (function == GELU) return 0.5f * v * (1.f + erff(v * 0.70710678f));
+  return 0.5f * v * (1.f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
 }
 
 constexpr int MOST_CLUSTER = 8;

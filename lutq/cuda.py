@@ -61,6 +61,22 @@ class Arguments(ctypes.Structure):
     )
 
 
+FUNCTIONS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}  # of kernels/step.cuh
+
+
+class FusionArguments(ctypes.Structure):
+    """`Fusion` of kernels/bit_gemv.cuh; without fields that say otherwise a product alone. See lutq/decode/fusion.py."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("weight", "shift")]
+        + [("eps", ctypes.c_float)]
+        + [(name, ctypes.c_int) for name in ("centered", "dtype", "function", "gated", "add")]
+    )
+
+
+ALONE = FusionArguments(function=-1)
+
+
 class Prepacked(NamedTuple):
     """A layer in kernel order. codes int32 [P, U, 4, 128 b], records uint8 [P, bytes]; wide: too much for fp16."""
 
@@ -216,20 +232,23 @@ def record_bytes(layer: LayerConfig) -> int:
     return 32 * (layer.bits + layer.offsets) if layer.grid == "bcq" else 32 + 16 * layer.offsets
 
 
-# Of kernels/bit_gemv.cuh; bytes are of the bits of 128 inputs, and of a warp's sums of a tile
-BIT_WARPS, BIT_STAGES, PASS_UNITS, BLOCK_BYTES, KEPT_BYTES = 16, 4, 64, 528, 64
+# Of kernels/bit_gemv.cuh; bytes are of the bits of 128 inputs, which a warp makes for 4 units at once, of a warp's sums of a
+# tile, and of what it finds for a norm
+BIT_WARPS, BIT_STAGES, PASS_UNITS, BLOCK_BYTES, KEPT_BYTES, FOUND_BYTES = 16, 4, 64, 528, 64, 16
 BIT_MOST = {2: 1 << 27}  # weights of a layer, by bits, below which bit_gemv is the fastest; measured on an H200
 
 
 @functools.lru_cache(4096)
-def bit_blocks(N: int, K: int, layer: LayerConfig, gpu: Gpu) -> int:
-    """Blocks of a launch of bit_gemv; 0 where it does not take the layer or another kernel is faster.
+def bit_blocks(N: int, K: int, layer: LayerConfig, gpu: Gpu, together: int = 1) -> int:
+    """Blocks of a launch of bit_gemv; 0 where it does not take the layer or another kernel is faster. together: tiles that must
+    be of one block, 2 where outputs are gated.
 
     It runs on Hopper alone: later GPUs have no binary tensor cores.
     """
-    blocks, passes = min(ceil(N / TILE), gpu.processors), ceil(units(K) / PASS_UNITS)
-    used = BIT_WARPS * BIT_STAGES * (layer.bits * UNIT * TILE // 8 + 2 * record_bytes(layer))
-    used += 2 * ceil(units(K) / passes) * BLOCK_BYTES + ceil(ceil(N / TILE) / blocks) * BIT_WARPS * KEPT_BYTES
+    deals, passes = ceil(ceil(N / TILE) / together), ceil(units(K) / PASS_UNITS)
+    blocks = min(deals, gpu.processors)
+    used = BIT_WARPS * (BIT_STAGES * (layer.bits * UNIT * TILE // 8 + 2 * record_bytes(layer)) + FOUND_BYTES)
+    used += 8 * ceil(ceil(units(K) / passes) / 4) * BLOCK_BYTES + together * ceil(deals / blocks) * BIT_WARPS * KEPT_BYTES
     fits = layer.group % 128 == 0 and used <= gpu.shared and BIT_MOST.get(layer.bits, math.inf) > N * K
     return blocks if gpu.fused and fits else 0
 
@@ -367,9 +386,9 @@ def run_lut(found: ctypes.CDLL, a: Arguments, mode: int, gpu: Gpu) -> None:
     start(getattr(found, f"lutq_lut_gemm_{a.bits}bit"), a, mode, *plan(a.N, a.K, mode, a.bits, a.group, gpu))
 
 
-def run_bits(found: ctypes.CDLL, a: Arguments, blocks: int) -> None:
+def run_bits(found: ctypes.CDLL, a: Arguments, blocks: int, fusion: FusionArguments = ALONE) -> None:
     """Launch bit_gemv on the current stream."""
-    start(getattr(found, f"lutq_bit_gemv_{a.bits}bit"), a, blocks)
+    start(getattr(found, f"lutq_bit_gemv_{a.bits}bit"), a, ctypes.byref(fusion), blocks)
 
 
 def run_gemv(found: ctypes.CDLL, a: Arguments, how: GemvPlan, partial: torch.Tensor | None = None) -> None:
@@ -468,6 +487,28 @@ def multiply_packed(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None
             run_gemv(found, a, how)
         else:
             run_lut(found, a, mode, gpu)
+
+
+def fuses(ready: Prepacked, N: int, K: int, layer: LayerConfig, gpu: Gpu, normed: bool, gated: bool) -> bool:
+    """Whether `multiply_fused` takes a layer, with a norm of x and gated outputs or not."""
+    fits = fits_packed(ready, layer) and not (normed and units(K) > PASS_UNITS) and not (gated and N % (2 * TILE))
+    return fits and bit_blocks(N, K, layer, gpu, 1 + gated) > 0
+
+
+def multiply_fused(
+    x: torch.Tensor,
+    ready: Prepacked,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    N: int,
+    layer: LayerConfig,
+    fusion: FusionArguments,
+) -> None:
+    """Fill y [1, N] as `fusion` says, or [1, N / 2] where it is gated, from x [1, K] on the current stream."""
+    x, gpu = aligned(x), properties(x.device)
+    a = arguments(x, ready, bias, y, layer)
+    a.N = N
+    run_bits(kernels(x.device), a, bit_blocks(N, a.K, layer, gpu, 1 + fusion.gated), fusion)
 
 
 def sum_parts(ready: Prepacked, N: int, K: int, layer: LayerConfig, gpu: Gpu) -> int:

@@ -28,10 +28,10 @@ from lutq.cuda import (
     slabs,
     takes_gemv,
 )
-from lutq.decode.products import Sums, padded
+from lutq.decode.fusion import Fusion, Norm
+from lutq.decode.products import Packed, Sums, padded
 from lutq.decode.shape import Shape
 from lutq.decode.steps import FUNCTIONS, Kernels, Plan
-from lutq.decode.weights import Norm
 from lutq.parallel.inboxes import Inboxes, inbox_bytes
 from lutq.trial import random_packed
 from lutq.tunable import Tunable
@@ -82,7 +82,7 @@ def one_row(device: torch.device, bits: int) -> int:
     for (grid, offsets), (N, K, group, dtype) in itertools.product(
         (("bcq", True), ("bcq", False), ("uniform", True)),
         (
-            (80, 1280, 128, torch.float16),
+            (96, 1280, 128, torch.float16),
             (33, 2100, 64, torch.bfloat16),
             (20, 72, 0, torch.float32),
             (40, 16600, 256, torch.half),
@@ -95,6 +95,7 @@ def one_row(device: torch.device, bits: int) -> int:
         for blocks in (1, 2) if bit_blocks(N, K, layer, gpu) else ():
             run_bits(kernels(device), arguments(x, ready, bias, y, layer), blocks)
             cases += 1
+        cases += with_more(Packed(*ready, bias, N, K, layer), dtype)
         if not takes_gemv(layer, gpu):
             continue
         for blocks, split in ((1, 1), (3, 1), (2, 2), (6, 2)):
@@ -103,6 +104,19 @@ def one_row(device: torch.device, bits: int) -> int:
                 cases += 1
         multiply_sums(x, ready, torch.empty(slabs(K), padded(N), device=device), N, layer)
         cases += 1
+    return cases
+
+
+def with_more(product: Packed, dtype: torch.dtype) -> int:
+    """Run bit_gemv with what it can do besides, as a layer allows; how many times."""
+    N, K, cases = product.N, product.K, 0
+    weight, shift = (torch.randn(K, device=product.ready.codes.device).to(dtype) for _ in range(2))
+    rms, centered = Norm(weight, None, 1e-5, False), Norm(weight, shift, 1e-5, True)
+    for fusion in (Fusion(rms, "silu", True), Fusion(centered, "relu"), Fusion(add=True)):
+        if product.fuses(1, dtype, fusion):
+            x = torch.randn(1, K, device=weight.device).to(torch.float32 if fusion.norm else dtype)
+            product.fused_into(x, torch.zeros(1, N // 2 if fusion.gated else N, device=weight.device), fusion)
+            cases += 1
     return cases
 
 

@@ -44,7 +44,8 @@ from lutq.cuda import (
     slabs,
     takes_gemv,
 )
-from lutq.decode import products
+from lutq.decode import products, reference
+from lutq.decode.fusion import Fusion, Norm
 from lutq.errors import LutqError
 from lutq.ops import choose_backend, working_backend
 from lutq.pack import Packed, dequantize
@@ -466,7 +467,11 @@ def bit_layers(bits):
 @functools.cache
 def bit_text(pattern):
     """C++ of bit_gemv.cuh for `constants`."""
-    return re.sub(r"//[^\n]*|\(unsigned\)|\bSlot::", "", found(pattern, "bit_gemv.cuh")).replace("1ull", "1")
+    return (
+        re.sub(r"//[^\n]*|\(unsigned\)|\bSlot::", "", found(pattern, "bit_gemv.cuh"))
+        .replace("1ull", "1")
+        .replace("sizeof(float4)", "16")
+    )
 
 
 @functools.cache
@@ -477,13 +482,17 @@ def bit_constants():
     return names
 
 
-def bit_launch(N, K, layer, blocks):
+def bit_launch(N, K, layer, blocks, gated=False):
     """What the launch of bit_gemv derives, from its own expressions: `Deal`, and the bytes of shared memory."""
-    names = bit_constants() | {"BITS": layer.bits, "GRID": GRIDS[layer.grid], "OFFSETS": layer.offsets}
+    names = bit_constants() | {"BITS": layer.bits, "GRID": GRIDS[layer.grid], "OFFSETS": layer.offsets, "gated": gated}
+    for_pass = bit_text(r"int bits_bytes\(int units\) \{ return ([^;]*); \}")
+    names["bits_bytes"] = lambda units: value(for_pass, bit_constants() | {"units": units})
     names |= {"group": layer.group or UNIT * -(-K // UNIT), "tiles": -(-N // TILE), "units": -(-K // UNIT), "blocks": blocks}
     for declarations in re.findall(r"constexpr int ([^;]*);", bit_text(r"(?s)struct Slot \{(.*?)\n\};")):
         names = constants(declarations, names)
-    body = bit_text(r"(?s)int launch_bits\([^)]*\) \{(.*?)\n\}").replace("shape.units", "all_units")
+    body = (
+        bit_text(r"(?s)int launch_bits\([^)]*\) \{(.*?)\n\}").replace("shape.units", "all_units").replace("fusion.gated", "gated")
+    )
     names["all_units"] = names["units"]
     for declarations in re.findall(r"const int ([^;]*);", body):
         names = constants(declarations, names)
@@ -499,22 +508,28 @@ def bit_launch(N, K, layer, blocks):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_bit_gemv_needs_what_it_asks_for(bits):
     """To the byte: with as much shared memory it runs, with one byte less it does not."""
-    for (N, K), layer in itertools.product(BIT_SHAPES, bit_layers(bits)):
-        about, blocks = f"{N=} {K=} {layer=}", bit_blocks(N, K, layer, H200._replace(shared=1 << 30))
-        assert 1 <= blocks <= min(H200.processors, -(-N // TILE)), f"{about} {blocks=}"
-        needed = bit_launch(N, K, layer, blocks)["bytes"]
-        assert bit_blocks(N, K, layer, H200._replace(shared=needed)) == blocks, f"{about} {needed=}"
-        assert bit_blocks(N, K, layer, H200._replace(shared=needed - 1)) == 0, f"{about} {needed=}"
-        assert needed <= H200.shared or N > 100000, f"{about} {needed=}: a layer of an LLM"
+    for (N, K), layer, together in itertools.product(BIT_SHAPES, bit_layers(bits), (1, 2)):
+        N = together * TILE * -(-N // TILE) if together > 1 else N
+        about, blocks = f"{N=} {K=} {layer=} {together=}", bit_blocks(N, K, layer, H200._replace(shared=1 << 30), together)
+        assert 1 <= blocks <= min(H200.processors, -(-N // (TILE * together))), f"{about} {blocks=}"
+        needed = bit_launch(N, K, layer, blocks, together > 1)["bytes"]
+        assert bit_blocks(N, K, layer, H200._replace(shared=needed), together) == blocks, f"{about} {needed=}"
+        assert bit_blocks(N, K, layer, H200._replace(shared=needed - 1), together) == 0, f"{about} {needed=}"
+        assert needed <= H200.shared or N > 100000 or (together > 1 and K > 16384), f"{about} {needed=}: a layer of an LLM"
 
 
 def test_bit_gemv_shared_bytes_by_hand():
-    """The parsed formulas once by hand, so that a wrong parse shows: 65 units are two passes, and a block has 2 tiles."""
+    """The parsed formulas once by hand, so that a wrong parse shows: 65 units are two passes, whose bits are made by whole warps,
+    and a block has 2 tiles, or 2 pairs of them.
+    """
     ring = 16 * 4 * (3 * 512 + 2 * 4 * 32)
     launch = bit_launch(16 * 133, 65 * 256, LayerConfig(3, 128), 132)
-    assert launch["bytes"] == ring + 2 * 33 * 528 + 2 * 16 * 64
-    deal = [launch[name] for name in ("deal_tiles", "deal_more", "deal_units", "deal_passes", "per_group")]
-    assert deal == [1, 1, 33, 2, 1 << 30]
+    assert launch["bytes"] == ring + 72 * 528 + 16 * 16 + 2 * 16 * 64
+    fields = ("deal_tiles", "deal_more", "deal_units", "deal_passes", "per_group")
+    assert [launch[name] for name in fields] == [1, 1, 33, 2, 1 << 30]
+    gated = bit_launch(32 * 133, 64 * 256, LayerConfig(3, 128), 132, gated=True)
+    assert gated["bytes"] == ring + 128 * 528 + 16 * 16 + 4 * 16 * 64
+    assert [gated[name] for name in fields] == [1, 1, 64, 1, 1 << 30]
     names = bit_constants()
     ours = (lutq.cuda.BIT_WARPS, lutq.cuda.BIT_STAGES, lutq.cuda.PASS_UNITS, lutq.cuda.BLOCK_BYTES)
     assert ours == tuple(names[name] for name in ("BIT_WARPS", "BIT_STAGES", "PASS_UNITS", "BLOCK_BYTES"))
@@ -849,11 +864,24 @@ class StandIn:
             slab[: a.N] = W[:, part] @ x[0, part].double()
         return 0
 
-    def bit_gemv(self, bits, reference, blocks, stream):
-        a = reference._obj
+    def bit_gemv(self, bits, linear, fusion, blocks, stream):
+        a, by = linear._obj, fusion._obj
         assert a.group % 128 == 0, f"{a.group=}"
-        assert 1 <= blocks <= -(-a.N // TILE), f"{blocks=} {a.N=}"
-        return self.product("bit_gemv", bits, a, ONE, (blocks,))
+        assert 1 <= blocks <= -(-a.N // TILE) // (1 + by.gated), f"{blocks=} {a.N=}"
+        if bytes(by) == bytes(lutq.cuda.ALONE):
+            return self.product("bit_gemv", bits, a, ONE, (blocks,))
+        x, W = self.rows("fused", bits, a, ONE, (blocks,)).double(), self.weight(a)
+        bias = at(a.bias, list(DTYPES)[a.bias_dtype], a.N) if a.bias else 0
+        norm = None
+        if by.weight:
+            assert list(DTYPES)[a.x_dtype] == torch.float32
+            weight, shift = (at(address, list(DTYPES)[by.dtype], a.K) if address else None for address in (by.weight, by.shift))
+            norm = Norm(weight, shift, by.eps, bool(by.centered))
+        function = next((name for name, number in lutq.cuda.FUNCTIONS.items() if number == by.function), None)
+        y = at(a.y, list(DTYPES)[a.y_dtype], 1, a.N // (1 + by.gated))
+        how = Fusion(norm, function, bool(by.gated), bool(by.add))
+        reference.fused(lambda x: x @ W.T + bias, x, y, how)
+        return 0
 
     def fused_gemm(self, bits, reference, mode, how, stream):
         a = reference._obj
@@ -1082,6 +1110,60 @@ def error_of(y, x, W, bias=None):
     """The largest error of y = x W^T + bias, relative to the product of absolute values."""
     wanted = x.double() @ W.T + (0 if bias is None else bias.double())
     return ((y.double() - wanted).abs() / (x.double().abs() @ W.abs().T)).max().item()
+
+
+FUSIONS = {
+    "norm": lambda by: Fusion(norm=by),
+    "norm and function": lambda by: Fusion(norm=by, function="relu"),
+    "all but a sum": lambda by: Fusion(by, "silu", True),
+    "sum": lambda by: Fusion(add=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("centered", [False, True])
+def test_products_that_do_more(stand_in, dtype, name, centered):
+    N, K, layer, g = 96, 300, LayerConfig(3, 128, "bcq", True), torch.Generator().manual_seed(0)
+    packed = random_packed(N, K, layer)
+    W, weight, shift, bias = (
+        dequantize(*packed, 128, "bcq", K, torch.float64),
+        *(torch.randn(n, generator=g).to(dtype) for n in (K, K, N)),
+    )
+    fusion = FUSIONS[name](Norm(weight, shift if centered else None, 1e-5, centered))
+    product = products.Packed(*prepack(packed, layer), bias, N, K, layer)
+    assert product.fuses(1, dtype, fusion)
+    x = torch.randn(1, K, generator=g).to(torch.float32 if fusion.norm else dtype)
+    y = torch.randn(1, N // 2 if fusion.gated else N, generator=g)
+    wanted = y.double()
+    reference.fused(lambda x: x @ W.T + bias.double(), x.double(), wanted, fusion)
+    reference.multiply(product, x, y, fusion)
+    assert (y - wanted).norm() / wanted.norm() < 1e-6
+    assert stand_in.calls == [("fused", ONE, 1)]
+
+
+def test_what_products_do_not_do_besides(stand_in, monkeypatch):
+    norm = Norm(torch.ones(300), None, 1e-5, False)
+    every, one = [make(norm) for make in FUSIONS.values()], torch.float16
+    shifted = norm._replace(bias=norm.weight)
+
+    def fuses(N=96, K=300, group=128, wide=False, grid="bcq", M=1, dtype=one):
+        layer = LayerConfig(3, group, grid, True)
+        ready = prepack(random_packed(N, 300, layer), layer)._replace(wide=wide)
+        return [products.Packed(*ready, None, N, K, layer).fuses(M, dtype, fusion) for fusion in every]
+
+    assert all(fuses())
+    assert all(fuses(wide=True))
+    for change in ({"M": 2}, {"dtype": torch.float32}, {"group": 64}, {"grid": "uniform", "wide": True}):
+        assert not any(fuses(**change)), f"{change}"
+    every[0] = Fusion(norm=shifted)
+    assert fuses() == [False, True, True, True], "an RMSNorm with a bias"
+    every[0] = Fusion(norm=shifted._replace(centered=True))
+    assert fuses(N=80) == [True, True, False, True], "pairs of tiles"
+    assert fuses(K=16384) == [True] * 4
+    assert fuses(K=16385) == [False, False, False, True], "one pass"
+    monkeypatch.setattr(lutq.cuda, "properties", lambda device: A100)
+    assert not any(fuses())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)

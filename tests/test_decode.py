@@ -380,6 +380,72 @@ def test_steps_with_unfinished_products(small, monkeypatch, name, apart):
             assert Slabbed.left == model.config.num_hidden_layers * (everywhere + (2 if most else 0)), f"{name=} {apart=}"
 
 
+class Fusing(Dense):
+    """A product that does more, if asked, as far as `able` allows."""
+
+    done, able = [], staticmethod(lambda fusion: True)
+
+    def fuses(self, M, dtype, fusion):
+        return M == 1 and Fusing.able(fusion)
+
+    def fused_into(self, x, y, fusion):
+        assert x.dtype == y.dtype == torch.float32
+        Fusing.done.append(fusion)
+        reference.fused(self, x, y, fusion)
+
+
+ABLE = {
+    "all": lambda fusion: True,
+    "no sums": lambda fusion: not fusion.add,
+    "no norms": lambda fusion: not fusion.norm,
+    "no activations": lambda fusion: fusion.function is None,
+}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("able", ABLE)
+@pytest.mark.parametrize("name", ["opt", "llama", "llama with biases"])
+def test_steps_with_products_that_do_more(small, monkeypatch, name, able, apart):
+    monkeypatch.setattr(products, "Dense", Fusing)
+    monkeypatch.setattr(Fusing, "able", staticmethod(ABLE[able]))
+    if apart:
+        monkeypatch.setattr(products, "join", lambda modules: [products.product_of(module) for module in modules])
+    model = small(name) if name == "llama" else with_biases(name.split()[0])
+    ids, layers = prompt_ids(model, 12), model.config.num_hidden_layers
+    expected = model(ids, output_hidden_states=True)
+    engine = Engine(weights_of(model), 20)
+    engine.prompt(ids[:, :9])
+    gates = apart and "llama" in name  # of two products, which none of them can do
+    for t in range(9, 12):
+        engine.token.copy_(ids[:, t])
+        Fusing.done = []
+        for i, y in engine.forward():
+            assert (y is None) == (able != "no sums")
+            if i + 1 < layers:
+                error = relative(engine.h if y is None else engine.h + y, expected.hidden_states[i + 1][:, t])
+                assert error < 1e-5, f"{name=} {able=} {apart=} {t=} {i=} {error=}"
+        error = relative(engine.logits, expected.logits[:, t])
+        assert error < 1e-5, f"{name=} {able=} {apart=} {t=} {error=}"
+        engine.choose()
+        normed, inward = able in ("all", "no activations"), 3 if apart else 1
+        found = [sum(map(kind, Fusing.done)) for kind in (lambda f: f.add, lambda f: f.function is not None, lambda f: f.gated)]
+        up = layers if able == "all" and not gates else 0
+        assert found == [2 * layers * (able != "no sums"), up, up * ("llama" in name)], f"{name=} {able=} {apart=}"
+        first = inward if able == "no sums" else layers * inward if normed else 0  # of the first block nothing is added to h
+        assert len(Fusing.done) == found[0] + found[1] + first, f"{name=} {able=} {apart=}"
+
+
+def test_ranks_and_batches_do_nothing_besides(small, monkeypatch):
+    monkeypatch.setattr(products, "Dense", Fusing)
+    model = build_model("llama")
+    weights = weights_of(model)
+    engine = Engine(weights, 20)
+    assert all(fusion for fusions in engine.fusions for fusion in fusions)
+    assert not any(fusion for fusions in Engine(weights, 20, 2).fusions for fusion in fusions)
+    engine.shape = shape_of(model.config, world=2)
+    assert not any(engine.fusions_of(weights.layers[0]))
+
+
 def test_who_finishes_products(small, monkeypatch):
     """Products do for several sequences, for sums over ranks, and where not all that are read together leave as many slabs."""
     monkeypatch.setattr(products, "Dense", Slabbed)

@@ -11,7 +11,7 @@ import torch
 from conftest import MODELS
 
 from lutq.config import LayerConfig
-from lutq.cuda import Gpu
+from lutq.cuda import FusionArguments, Gpu
 from lutq.decode import bench, chart, reference, steps
 from lutq.decode.bench import block_bytes, check_memory, check_settings, columns, layer_for, line, needed_bytes
 from lutq.decode.engine import Engine
@@ -30,7 +30,7 @@ from lutq.paths import shipped
 from lutq.prepack import unpack_codes, unpack_records
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("inbox.cuh", "step.cuh", "decode.cu", "attention.cu")
+SOURCES = ("bit_gemv.cuh", "inbox.cuh", "step.cuh", "decode.cu", "attention.cu")
 TEXT = "".join((ROOT / "kernels" / name).read_text(encoding="utf-8") for name in SOURCES)
 SHARED_THREADS = int(re.search(r" SHARED_THREADS = (\d+)", TEXT)[1])
 H200 = Gpu("NVIDIA H200", 132, 232448, True, True)
@@ -284,6 +284,7 @@ STRUCTURES = {
     "Activation": steps.ActivationArguments,
     "Choice": steps.ChoiceArguments,
     "Attention": steps.AttentionArguments,
+    "Fusion": FusionArguments,
 }
 
 

@@ -47,14 +47,20 @@ def test_cases_of_one_row_are_what_the_kernels_take(sanitize, monkeypatch, gpu):
     if not gpu.clusters:
         assert not all_seen
         return
-    by_bits = [(entry, a, *how) for entry, a, *how in all_seen if "bit_gemv" in entry]
-    for entry, a, blocks in by_bits:
+    by_bits = [(entry, a, fusion._obj, blocks) for entry, a, *how in all_seen if "bit_gemv" in entry for fusion, blocks in [how]]
+    for entry, a, fusion, blocks in by_bits:
         about = {name: getattr(a, name) for name, _ in a._fields_} | {"blocks": blocks}
         assert entry == f"lutq_bit_gemv_{a.bits}bit", about
         assert (a.M, a.group % 128, a.x % 16) == (1, 0, 0), about
-        assert 1 <= blocks <= -(-a.N // 16), about
-    assert {(a.bits, a.grid) for _, a, _ in by_bits} == set(itertools.product((1, 2, 3, 4), (0, 1)))
-    assert {(a.K > 16384, blocks) for _, a, blocks in by_bits} == set(itertools.product((False, True), (1, 2)))
+        assert 1 <= blocks <= -(-a.N // 16) // (1 + fusion.gated), about
+        assert not fusion.weight or (a.K <= 16384 and a.x_dtype == 2 and fusion.dtype != 2), about
+        assert not fusion.gated or a.N % 32 == 0, about
+        assert not fusion.add or a.y_dtype == 2, about
+    assert {(a.bits, a.grid) for _, a, *_ in by_bits} == set(itertools.product((1, 2, 3, 4), (0, 1)))
+    alone = [(a.K > 16384, blocks) for _, a, fusion, blocks in by_bits if bytes(fusion) == bytes(lutq.cuda.ALONE)]
+    assert set(alone) == set(itertools.product((False, True), (1, 2)))
+    more = {(bool(f.weight), f.centered, bool(f.shift), f.function, f.gated, f.add) for _, _, f, _ in by_bits}
+    assert more == {(False, 0, False, -1, 0, 0), (True, 0, False, 1, 1, 0), (True, 1, True, 0, 0, 0), (False, 0, False, -1, 0, 1)}
     seen = [(entry, a, how[0].value, *how[1:]) for entry, a, *how in all_seen if "lut_gemv" in entry]
     assert len(seen) + len(by_bits) == len(all_seen)
     for entry, a, partial, blocks, split in seen:

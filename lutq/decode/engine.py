@@ -6,8 +6,9 @@
                                                               g, u = up(norm(h));         y = down(f(g) * u)
                                                               h += y
 
-The sum h += y is part of the norm that follows. h is fp32, where transformers rounds it to the model's dtype after every sum:
-the logits of both agree within that rounding. Sequences have positions of their own, so a batch may be ragged.
+The sum h += y is part of the norm that follows. Where products can (`Fusion`), they do more: norms are part of the product that
+follows, activations and sums of the one before. h is fp32, where transformers rounds it to the model's dtype after every sum: the
+logits of both agree within that rounding. Sequences have positions of their own, so a batch may be ragged.
 
 A product of one row may be left unfinished, as sums that its reader adds up (`Sums` of products.py), except the head's.
 
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lutq.decode import reference
+from lutq.decode.fusion import Fusion, Norm
 from lutq.decode.graph import Captured, Outbox, on_device
 from lutq.decode.prefill import prefill
 from lutq.decode.products import Product, Result, common_slabs, padded, place
@@ -35,6 +37,15 @@ from lutq.runtime import free_memory, size
 
 ROUNDING = 64  # capacity in tokens is a multiple of it
 NORM_SUMS = 1 << 18  # numbers that a norm adds up at most: it has a few processors for that, a product all of them
+
+
+class Fusions(NamedTuple):
+    """What the products of a layer do besides, those of `inward` each; None where they do nothing."""
+
+    inward: Fusion | None
+    out: Fusion | None
+    up: Fusion | None
+    down: Fusion | None
 
 
 class Places(NamedTuple):
@@ -107,6 +118,7 @@ class Engine:
         most = max(slabs * sum(padded(product.N) for product in products) for products, slabs in groups)
         memory, sums = empty(batch * widest), empty(most, dtype=torch.float32)
         self.places = [self.places_of(layer, memory, sums) for layer in weights.layers]
+        self.fusions = [self.fusions_of(layer) for layer in weights.layers]
         self.work = self.functions.workspace(shape, batch, self.capacity)
 
     def groups(self, layer: Layer) -> list[tuple[Sequence[Product], int]]:
@@ -136,33 +148,72 @@ class Engine:
         )
         return Places(inward, layer.inward.split(inward), out[0], up, layer.up.split(up), down[0])
 
+    def fusions_of(self, layer: Layer) -> Fusions:
+        """As much as the products of a layer can. Where y is summed over ranks it is not complete when a product ends."""
+
+        def allowed(products: Sequence[Product], fusion: Fusion) -> Fusion | None:
+            alone = self.shape.world == 1 and not (fusion.gated and len(products) > 1)
+            fuses = alone and all(product.fuses(self.batch, self.weights.dtype, fusion) for product in products)
+            return fusion if fuses else None
+
+        return Fusions(
+            allowed(layer.inward.products, Fusion(norm=layer.attention_norm)),
+            allowed([layer.out], Fusion(add=True)),
+            allowed(layer.up.products, Fusion(layer.norm, self.shape.activation, self.shape.gated)),
+            allowed([layer.down], Fusion(add=True)),
+        )
+
     def forward(self) -> Iterator[tuple[int, Result]]:
         """One token of every sequence: reads `token` and `position`, fills the cache there, and `logits` [batch, vocabulary].
 
-        Gives (index, y) after every block, y being what is still to be added to h; with inboxes this rank's part of it.
+        Gives (index, y) after every block, y being what is still to be added to h, or None; with inboxes this rank's part of it.
         """
         do, shape, weights, y, inboxes = self.functions, self.shape, self.weights, None, None
         do.embed(self.token, self.position, weights.table, weights.learned, self.h, self.inboxes and self.inboxes.step)
         for i, layer in enumerate(weights.layers):
-            at = self.places[i]
-            do.norm(self.h, y, layer.attention_norm, self.x, inboxes)
-            for product, result in zip(layer.inward.products, at.inward, strict=True):
-                do.multiply(product, self.x, result)
+            at, fusions = self.places[i], self.fusions[i]
+            self.multiply_norm(layer.inward.products, at.inward, y, layer.attention_norm, inboxes, fusions.inward)
             q, k, v = (part.unflatten(1, (-1, shape.head_size)) for part in at.queries)
             cache = (self.cache[i, 0], self.cache[i, 1])
             do.attention(q, k, v, cache, self.position, self.rotation, self.scale, self.mixed, self.work)
-            do.multiply(layer.out, self.mixed, at.out)
-            do.norm(self.h, at.out, layer.norm, self.x, self.add_ranks(at.out, 2 * i))
-            for product, result in zip(layer.up.products, at.up, strict=True):
-                do.multiply(product, self.x, result)
-            do.activation(shape.activation, at.gates[0], at.gates[1] if shape.gated else None, self.inner)
-            y = at.down
-            do.multiply(layer.down, self.inner, y)
-            inboxes = self.add_ranks(y, 2 * i + 1)
+            y, inboxes = self.multiply_add(layer.out, self.mixed, at.out, 2 * i, fusions.out)
+            if y is None and fusions.up:
+                do.multiply(layer.up.products[0], self.h, self.inner, fusions.up)
+            else:
+                self.multiply_norm(layer.up.products, at.up, y, layer.norm, inboxes)
+                do.activation(shape.activation, at.gates[0], at.gates[1] if shape.gated else None, self.inner)
+            y, inboxes = self.multiply_add(layer.down, self.inner, at.down, 2 * i + 1, fusions.down)
             yield i, y
         do.norm(self.h, y, weights.norm, self.x, inboxes)
         do.multiply(weights.head, self.x, self.own_logits)
         self.ranks.gather(self.own_logits, self.logits)
+
+    def multiply_norm(
+        self,
+        products: Sequence[Product],
+        results: list[Result],
+        y: Result | None,
+        by: Norm,
+        inboxes: Any,
+        fusion: Fusion | None = None,
+    ) -> None:
+        """Fill the results of products with the norm of h + y."""
+        x = self.h
+        if y is not None or fusion is None:
+            x, fusion = self.x, None
+            self.functions.norm(self.h, y, by, x, inboxes)
+        for product, result in zip(products, results, strict=True):
+            self.functions.multiply(product, x, result, fusion)
+
+    def multiply_add(
+        self, product: Product, x: torch.Tensor, y: Result, turn: int, fusion: Fusion | None
+    ) -> tuple[Result | None, Any]:
+        """Add a product with x to h. Gives what the next norm has to add, y or nothing, and `add_ranks` of it."""
+        if fusion:
+            self.functions.multiply(product, x, self.h, fusion)
+            return None, None
+        self.functions.multiply(product, x, y)
+        return y, self.add_ranks(y, turn)
 
     def add_ranks(self, y: Result, turn: int) -> Any:
         """Sum y over the ranks; with inboxes what the next norm takes to do so. Turns are the sums of a step, from 0."""

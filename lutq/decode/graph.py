@@ -1,7 +1,8 @@
 """A function that is replayed as a CUDA graph, and tokens on their way to the host while the GPU goes on."""
 
 import contextlib
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,19 @@ import torch
 def on_device(device: torch.device) -> Any:
     """Makes a GPU the current one inside a `with` block; does nothing for the CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def without_garbage() -> Iterator[None]:
+    """Nothing is collected meanwhile: a graph that is destroyed while another is captured spoils that."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Captured:
@@ -31,7 +45,7 @@ class Captured:
         graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.clone_state()
         try:
-            with torch.cuda.graph(graph), within():
+            with without_garbage(), torch.cuda.graph(graph), within():
                 self.function()
         except RuntimeError:
             generator.graphsafe_set_state(before)  # torch leaves it as if the capture went on, and then it draws no more

@@ -52,10 +52,10 @@ class Only:
         """See lutq/decode/reference.py."""
         return self.functions.in_graph()
 
-    def multiply(self, product: Any, *tensors: torch.Tensor) -> None:
+    def multiply(self, product: Any, *arguments: Any) -> None:
         """See lutq/decode/reference.py."""
         if self.kind == ("head" if product is self.head else "products"):
-            self.functions.multiply(product, *tensors)
+            self.functions.multiply(product, *arguments)
 
     def attention(self, *arguments: Any) -> None:
         """See lutq/decode/reference.py."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from lutq.config import LayerConfig
+from lutq.decode.fusion import Fusion
 from lutq.linear import LutLinear
 from lutq.prepack import PANEL, TILE
 
@@ -72,21 +73,35 @@ class Product(Protocol):
     def into(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Fill y [M, N] from x [M, K], both contiguous and M small."""
 
+    def fuses(self, M: int, dtype: torch.dtype, fusion: Fusion) -> bool:
+        """Whether `fused_into` does that for M rows of x of a model in dtype."""
+
+    def fused_into(self, x: torch.Tensor, y: torch.Tensor, fusion: Fusion) -> None:
+        """Fill y as `fusion` says from x [M, K], both contiguous."""
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """A new y [M, N] from x [M, K], M of any size."""
 
 
-class Dense:
+class Plain:
+    """A product that is nothing but that, and finished."""
+
+    def slabs(self, M: int, dtype: torch.dtype) -> int:
+        """See Product."""
+        return 0
+
+    def fuses(self, M: int, dtype: torch.dtype, fusion: Fusion) -> bool:
+        """See Product."""
+        return False
+
+
+class Dense(Plain):
     """With W [N, K] as it is, by cuBLAS on a GPU. x and y have the dtype of W."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight, self.bias = weight, bias
         self.N, self.K = weight.shape
         self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
-
-    def slabs(self, M: int, dtype: torch.dtype) -> int:
-        """See Product."""
-        return 0
 
     def into(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """See Product."""
@@ -125,6 +140,26 @@ class Packed:
         multiply = multiply_packed if fits_packed(self.ready, self.layer) else multiply_dense
         multiply(x, self.ready, self.bias, y, self.layer)
 
+    def fuses(self, M: int, dtype: torch.dtype, fusion: Fusion) -> bool:
+        """See Product."""
+        from lutq.cuda import fuses, properties
+
+        norm, gpu = fusion.norm, properties(self.ready.codes.device)
+        if M > 1 or dtype == torch.float32 or (norm and norm.bias is not None and not norm.centered):
+            return False
+        return fuses(self.ready, self.N, self.K, self.layer, gpu, norm is not None, fusion.gated)
+
+    def fused_into(self, x: torch.Tensor, y: torch.Tensor, fusion: Fusion) -> None:
+        """See Product."""
+        from lutq.cuda import DTYPES, FUNCTIONS, FusionArguments, multiply_fused
+
+        norm, function = fusion.norm, -1 if fusion.function is None else FUNCTIONS[fusion.function]
+        a = FusionArguments(function=function, gated=fusion.gated, add=fusion.add)
+        if norm is not None:
+            a.weight, a.shift = norm.weight.data_ptr(), None if norm.bias is None else norm.bias.data_ptr()
+            a.eps, a.centered, a.dtype = norm.eps, norm.centered, DTYPES[norm.weight.dtype]
+        multiply_fused(x, self.ready, self.bias, y, self.N, self.layer, a)
+
     def slabs(self, M: int, dtype: torch.dtype) -> int:
         """See Product. 0 also for a bias that is not as the kernels read it: in the dtype of x, on 16 bytes."""
         from lutq.cuda import properties, sum_parts
@@ -146,7 +181,7 @@ class Packed:
         return multiply(x, self.ready, self.bias, self.N, self.layer)
 
 
-class Module:
+class Module(Plain):
     """By a module's own forward: what is neither a Linear layer nor in kernel order, or is more than a product with planes and x
     as they are: corrected layers, those with inputs in another order, those of 8 bits.
     """
@@ -154,10 +189,6 @@ class Module:
     def __init__(self, module: LutLinear) -> None:
         self.module, self.N, self.K, self.bias = module, module.out_features, module.in_features, module.bias
         self.nbytes = sum(tensor.nbytes for tensor in (*module.buffers(), *module.parameters()))
-
-    def slabs(self, M: int, dtype: torch.dtype) -> int:
-        """See Product."""
-        return 0
 
     def into(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """See Product."""

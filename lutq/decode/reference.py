@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lutq.decode.fusion import Fusion, Norm
 from lutq.decode.products import Product, Result, Sums
 from lutq.decode.shape import Shape
-from lutq.decode.weights import Norm
 from lutq.parallel.ranks import Ranks
 
 FUNCTIONS = {
@@ -54,9 +54,11 @@ def finished(y: Result) -> torch.Tensor:
     return y.finished() if isinstance(y, Sums) else y
 
 
-def multiply(product: Product, x: torch.Tensor, y: Result) -> None:
-    """Fill y [M, N] = x [M, K] W^T + bias, or its sums."""
-    if isinstance(y, Sums):
+def multiply(product: Product, x: torch.Tensor, y: Result, fusion: Fusion | None = None) -> None:
+    """Fill y [M, N] = x [M, K] W^T + bias, or its sums, or, for products that can (`Product.fuses`), what `fusion` says."""
+    if fusion is not None:
+        product.fused_into(x, y, fusion)
+    elif isinstance(y, Sums):
         product.sums_into(x, y.memory())
     else:
         product.into(x, y)
@@ -74,15 +76,28 @@ def embed(
     h.copy_(table[token] if learned is None else wide(table[token]) + learned[position])
 
 
-def norm(h: torch.Tensor, y: Result | None, by: Norm, x: torch.Tensor, inboxes: None = None) -> None:
-    """Add y to h, and fill x with the norm of h. h [M, K] fp32, y and x [M, K]."""
-    if y is not None:
-        h += finished(y)
+def fused(product: Product, x: torch.Tensor, y: torch.Tensor, fusion: Fusion) -> None:
+    """What `Packed.fused_into` computes, by the product alone, in the dtype that it computes in."""
+    v = wide(product(x if fusion.norm is None else normalized(x, fusion.norm)))
+    v, by = v.chunk(2, -1) if fusion.gated else (v, 1)
+    v = by * (v if fusion.function is None else FUNCTIONS[fusion.function](v))
+    y.copy_(y + v if fusion.add else v)
+
+
+def normalized(h: torch.Tensor, by: Norm) -> torch.Tensor:
+    """The norm of h [M, K], as wide."""
     v = wide(h)
     if by.centered:
         v = v - v.mean(-1, keepdim=True)
     v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + by.eps) * by.weight
-    x.copy_(v if by.bias is None else v + by.bias)
+    return v if by.bias is None else v + by.bias
+
+
+def norm(h: torch.Tensor, y: Result | None, by: Norm, x: torch.Tensor, inboxes: None = None) -> None:
+    """Add y to h, and fill x with the norm of h. h [M, K] fp32, y and x [M, K]."""
+    if y is not None:
+        h += finished(y)
+    x.copy_(normalized(h, by))
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lutq.cuda import DTYPES, Gpu, kernels, properties, start
+from lutq.cuda import DTYPES, FUNCTIONS, Gpu, kernels, properties, start
 from lutq.decode import reference
+from lutq.decode.fusion import Fusion, Norm
 from lutq.decode.products import Product, Result, Sums
 from lutq.decode.shape import Shape
-from lutq.decode.weights import Norm
 from lutq.parallel.inboxes import Inboxes, InboxesArguments, connect
 from lutq.parallel.ranks import Ranks
 
-FUNCTIONS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 MOST_HIDDEN, MOST_HEAD, MOST_ROWS, MOST_CLUSTER, MOST_BATCH = 16384, 128, 4, 8, 16
 BLOCKS = 3  # of attention that fit onto a processor
 SHARE = 256  # numbers of a block of a norm, at least, where a cluster shares it
@@ -174,9 +173,9 @@ class Kernels:
         finally:
             self.ahead = False
 
-    def multiply(self, product: Product, x: torch.Tensor, y: Result) -> None:
+    def multiply(self, product: Product, x: torch.Tensor, y: Result, fusion: Fusion | None = None) -> None:
         """See reference.py."""
-        reference.multiply(product, x, y)
+        reference.multiply(product, x, y, fusion)
 
     def inboxes(self, ranks: Ranks) -> Inboxes | None:
         """Of these ranks: `norm` then sums y over them. None for ranks that are alone or cannot, which rank 0 says."""

@@ -4,19 +4,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lutq.decode.fusion import Norm
 from lutq.decode.products import Parts, Product, product_of
 from lutq.decode.shape import RefusedError, Shape, rotation_of, shape_of
 
 POSITION_OFFSET = 2  # of OPT's learned positions
-
-
-class Norm(NamedTuple):
-    """RMSNorm, or, if `centered`, LayerNorm. weight [K], bias [K] or None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    eps: float
-    centered: bool
 
 
 class Layer(NamedTuple):

@@ -1,5 +1,6 @@
 """The kernels of a decode step against lutq/decode/reference.py, and whole continuations of the engines against each other."""
 
+import gc
 import itertools
 import warnings
 
@@ -11,6 +12,7 @@ from lutq.config import LayerConfig, QuantConfig
 from lutq.decode import prefill, products, reference
 from lutq.decode.choose import choose, make
 from lutq.decode.engine import Engine
+from lutq.decode.graph import Captured
 from lutq.decode.loop import continue_text
 from lutq.decode.products import Sums, padded
 from lutq.decode.sampler import Sampler
@@ -282,6 +284,28 @@ def test_attention_with_few_heads_in_a_block(kernels):
 
 # Engines
 
+
+def test_graphs_that_nobody_has_do_not_spoil_a_capture():
+    """They are part of a cycle, so that only the garbage collector destroys them."""
+
+    def dropped():
+        captured = Captured(torch.cuda.current_stream, DEVICE)
+        captured.itself = captured
+        captured.capture()
+
+    def function():
+        if torch.cuda.is_current_stream_capturing():
+            assert not gc.isenabled()
+        for _ in range(10000):
+            cycle = []
+            cycle.append(cycle)
+
+    for _ in range(3):
+        dropped()
+        Captured(function, DEVICE).capture()
+        assert gc.isenabled()
+
+
 SIZES = {"hidden_size": 256, "num_attention_heads": 8, "vocab_size": 4096, "max_position_embeddings": 512}
 SIZES |= {"num_hidden_layers": 3, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
 OWN = {
@@ -315,7 +339,8 @@ def made(tmp_path_factory):
             if bits != 16:
                 out = tmp_path_factory.mktemp("quantized") / name
                 with torch.inference_mode(False):
-                    quantize_checkpoint(folder, out, QuantConfig(bits=bits, group=64), device=DEVICE.type)
+                    config = QuantConfig(bits=bits, group=128 if name in ("opt", "llama") else 64)
+                    quantize_checkpoint(folder, out, config, device=DEVICE.type)
                 folder = out
             folders[name, bits] = folder
         return folders[name, bits]
@@ -342,7 +367,8 @@ def test_every_block_is_that_of_the_model(made, dtype, name, bits):
         assert engine.position.tolist() == [t]
         for i, y in engine.forward():
             if i + 1 < model.config.num_hidden_layers:
-                error = worst((engine.h + reference.finished(y)).cpu(), expected.hidden_states[i + 1][:, t])
+                h = engine.h if y is None else engine.h + reference.finished(y)
+                error = worst(h.cpu(), expected.hidden_states[i + 1][:, t])
                 theirs = worst(plain.hidden_states[i + 1][:, t].cpu(), expected.hidden_states[i + 1][:, t])
                 assert error < max(limit, 1.5 * theirs), f"{name=} {bits=} {dtype=} {t=} {i=} {error=:.1e} {theirs=:.1e}"
         error = worst(engine.logits.cpu(), expected.logits[:, t])
@@ -353,27 +379,30 @@ def test_every_block_is_that_of_the_model(made, dtype, name, bits):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["opt", "llama"])
-def test_logits_with_unfinished_products(monkeypatch, dtype, name):
-    """They are those of finished ones, up to the rounding that is left out."""
+@pytest.mark.parametrize("group", [64, 128])
+def test_logits_by_fewer_kernels(monkeypatch, dtype, name, group):
+    """Products that are left unfinished, and those that do more, give the logits of others, up to rounding that is left out."""
     from transformers import AutoConfig
 
     sizes = {"hidden_size": 2560, "num_attention_heads": 20, "num_hidden_layers": 3, "vocab_size": 4096}
     if name == "opt":
         sizes |= {"ffn_dim": 5128, "word_embed_proj_dim": 2560}
     else:
-        sizes |= {"intermediate_size": 5128, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}
+        sizes |= {"intermediate_size": 5184, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}
     torch.manual_seed(0)
-    layer = LayerConfig(3, 128, "bcq", False)
+    layer, gpu = LayerConfig(3, group, "bcq", False), Kernels(DEVICE).gpu
     model = synthetic_model(AutoConfig.for_model(name, **sizes), layer, DEVICE, dtype)
     ids = torch.randint(3, 4096, (1, 40), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
     results = []
-    for slabs in (products.Packed.slabs, lambda *about: 0):
-        monkeypatch.setattr(products.Packed, "slabs", slabs)
+    for fewer in (True, False):
+        if not fewer:
+            monkeypatch.setattr(products.Packed, "slabs", lambda *about: 0)
+            monkeypatch.setattr(products.Packed, "fuses", lambda *about: False)
         engine = Engine(weights_of(model), 64, 1, Kernels(DEVICE))
-        unfinished = [isinstance(result, Sums) for at in engine.places for result in (*at.inward, at.out, *at.up, at.down)]
-        if not results and not any(unfinished):
-            pytest.skip("no product leaves sums on this GPU")
-        assert all(unfinished) if not results else not any(unfinished)
+        sums = {isinstance(result, Sums) for at in engine.places for result in (*at.inward, at.out, *at.up, at.down)}
+        fused = {fusion is not None for fusions in engine.fusions for fusion in fusions}
+        assert sums == {fewer and gpu.clusters and not (gpu.fused and group == 128)}
+        assert fused == {fewer and gpu.fused and group == 128}
         engine.capture()
         engine.prompt(ids[:, :30])
         logits = []

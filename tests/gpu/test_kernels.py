@@ -4,6 +4,7 @@ Where random x leaves a row of y near zero by chance, ||ref|| is at least what i
 `lutq.cuda` says how exact each path is; `Layer.limit` says it again.
 """
 
+import functools
 import itertools
 
 import pytest
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 import lutq.cuda
 from lutq.config import LayerConfig
 from lutq.cuda import FEW_INPUTS, Gpu, prepack, rows_limit
+from lutq.decode import products, reference
+from lutq.decode.fusion import Fusion, Norm
 from lutq.errors import LutqError
 from lutq.evaluate import evaluate
 from lutq.hf import load
@@ -240,6 +243,40 @@ def test_bit_gemv(bits, grid, offsets):
             a = lutq.cuda.arguments(lutq.cuda.aligned(x), layer.ready, bias, y, layer.layer)
             lutq.cuda.run_bits(found, a, blocks)
             verdict.add(layer.errors(y, x, bias), SINGLE, f"{N}x{K} {group=} {dtype} {blocks=}")
+    verdict.check()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(("grid", "offsets"), GRIDS)
+def test_bit_gemv_and_more(monkeypatch, bits, grid, offsets):
+    """With a norm of x, a function of the outputs, gates and what was there before, by few blocks and by many."""
+    gpu, verdict = lutq.cuda.properties(torch.device(DEVICE, 0)), Verdict()
+    if not lutq.cuda.bit_blocks(16, 128, LayerConfig(bits, 128, grid, offsets), gpu):
+        pytest.skip("bit_gemv needs a GPU of compute capability 9.0")
+    shapes = [(32, 304, 0), (160, 1000, 128), (704, 4096, 128), (96, 16384, 256), (1056, 1288, 384)]
+    for (N, K, group), dtype, processors in itertools.product(shapes, DTYPES[:2], (3, gpu.processors)):
+        some = gpu._replace(processors=processors)
+        monkeypatch.setattr(lutq.cuda, "properties", lambda device, some=some: some)
+        layer = Layer(N, K, LayerConfig(bits, group, grid, offsets), seed=N)
+        weight, shift, bias = draw((K,), dtype, seed=1), draw((K,), dtype, seed=2), draw((N,), dtype, seed=3)
+        rms, centered = Norm(weight, None, 1e-5, False), Norm(weight, shift, 1e-5, True)
+        fusions = [Fusion(norm=rms), Fusion(norm=centered, function="relu"), Fusion(rms, "silu", True), Fusion(add=True)]
+        fusions += [
+            Fusion(centered._replace(bias=None), "gelu_tanh", True),
+            Fusion(norm=centered, add=True),
+            Fusion(function="gelu"),
+        ]
+        for i, fusion in enumerate(fusions):
+            x = 3 * draw((1, K), torch.float32 if fusion.norm else dtype, seed=K) + 2
+            x[:, :: K // 5] = 0
+            found = draw((1, N // 2 if fusion.gated else N), torch.float32, seed=4)
+            wanted = found.double()
+            product = products.Packed(*layer.ready, bias if i % 2 else None, N, K, layer.layer)
+            assert product.fuses(1, dtype, fusion), f"{N}x{K} {group=} {fusion=}"
+            product.fused_into(x, found, fusion)
+            reference.fused(functools.partial(layer.reference, bias=product.bias), x.double(), wanted, fusion)
+            error = (found.double() - wanted).norm() / wanted.norm()
+            verdict.add(error[None], 5e-6, f"{N}x{K} {group=} {dtype} {processors=} fusion {i}")
     verdict.check()
 
 
