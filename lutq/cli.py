@@ -6,6 +6,7 @@ A LutqError prints one sentence and exits with code 2; `--verbose` shows its tra
 import functools
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -44,7 +45,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, verbose: bool = False, **kwargs: Any) -> None:
         try:
             quiet_libraries()
-            with job(function.__name__, kwargs.get("device", "auto"), verbose):
+            with warnings.catch_warnings(), job(function.__name__, kwargs.get("device", "auto"), verbose):
+                warnings.showwarning = show_warning
                 function(*args, verbose=verbose, **kwargs)
         except LutqError as error:
             if verbose:
@@ -57,6 +59,12 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return run
+
+
+def show_warning(message: Warning | str, category: type[Warning], file: str, line: int, *where: Any) -> None:
+    """What lutq warns of as one sentence on standard error, what others do as Python shows it."""
+    own = Path(file).is_relative_to(Path(__file__).parent)
+    typer.echo(f"lutq: warning: {message}" if own else warnings.formatwarning(message, category, file, line), err=True, nl=own)
 
 
 def quiet_libraries() -> None:
@@ -211,9 +219,8 @@ def generate(
     check_engine(engine)
     loaded = load(model, device=device, dtype=dtype, backend=backend, bits=bits)
     tokenizer = load_tokenizer(locate(model)[0])
-    if not chat:
-        typer.echo(text, nl=False)
-    result = run(loaded, tokenizer, text, sampling, chat, lambda piece: typer.echo(piece, nl=False), engine)
+    say = functools.partial(typer.echo, nl=False)
+    result = run(loaded, tokenizer, text, sampling, chat, say, engine, ready=lambda: None if chat else say(text))
     typer.echo("")
     typer.echo(f"[{result.summary()}]", err=True)
 
@@ -325,8 +332,8 @@ def kernel(
 ) -> None:
     """Check the CUDA kernels and time them, beside the memory's read ceiling and cuBLAS in fp16."""
     if tune:
-        if shape or rows or bits or json_file or plot:
-            raise LutqError("--tune measures shapes, rows and bits of its own and writes its own file: give it alone")
+        if shape or rows or bits or json_file or plot or (grid, group) != ("auto", 128):
+            raise LutqError("--tune measures layers and rows of its own and writes its own file: give it alone")
         from lutq.tune import tune as run
 
         run(repeats, device, typer.echo)

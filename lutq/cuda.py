@@ -345,10 +345,22 @@ def rows_limit(name: str, bits: int, fused: bool) -> int:
 
     Measured by `lutq bench kernel --tune`, whose table in the user's cache goes before configs/gpus.json.
     """
-    table = json.loads((shipped("configs") / "gpus.json").read_text())
-    own = user_table()
-    table |= json.loads(own.read_text()) if own.is_file() else {}
+    table = read_limits(shipped("configs") / "gpus.json") | read_limits(user_table())
     return table.get(name, table["default 9.0" if fused else "default"])[str(bits)]
+
+
+def read_limits(file: Path) -> dict[str, dict[str, int]]:
+    """A table of row limits by GPU and bits; empty where there is no file. Raises LutqError for one that is no such table."""
+    if not file.is_file():
+        return {}
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        whole = all(type(limits[str(bits)]) is int for limits in table.values() for bits in (1, 2, 3, 4))
+    except (ValueError, AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise LutqError(f"{file} is not a table of row limits: remove it")
+    return table
 
 
 def arguments(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None, y: torch.Tensor, layer: LayerConfig) -> Arguments:

@@ -16,7 +16,7 @@ from lutq.decode.keep import engine_for
 from lutq.decode.loop import continue_text
 from lutq.errors import LutqError
 from lutq.linear import backend_of
-from lutq.runtime import out_of_memory
+from lutq.runtime import free_memory, out_of_memory, size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +110,13 @@ def generate(
     chat: bool = False,
     write: Callable[[str], None] = lambda text: None,
     engine: str = "auto",
+    ready: Callable[[], None] = lambda: None,
 ) -> Generation:
     """Continue `prompt`, handing text to `write` as it comes. Stops early at the model's longest context.
 
     engine: see lutq/decode; what it does before the first prompt counts as loading, and it stays with the model for the next
-    text (lutq/decode/keep.py). Raises LutqError for an empty prompt or one that leaves no room, for an engine that does not
-    take the model, and when memory runs out.
+    text (lutq/decode/keep.py). ready: called once the engine is there, before the prompt is read. Raises LutqError for an empty
+    prompt or one that leaves no room, for an engine that does not take the model, and when memory runs out.
     """
     check_engine(engine)
     sampling = sampling or Sampling()
@@ -126,12 +127,13 @@ def generate(
         raise LutqError(f"the prompt has {ids.shape[1]} tokens and the model takes {longest}: shorten the prompt")
     sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
     streamer = TimedStreamer(tokenizer, write)
-    advice = (
-        f"the cache of {ids.shape[1]} + {sampling.max_new_tokens} tokens does not fit: shorten the prompt or --max-new-tokens"
-    )
     capacity = ids.shape[1] + sampling.max_new_tokens
-    with out_of_memory(lambda: advice), engine_for(engine, model, capacity, longest, sampling) as chosen:
+    with (
+        out_of_memory(lambda: what_would_fit(model, ids.shape[1], sampling.max_new_tokens)),
+        engine_for(engine, model, capacity, longest, sampling) as chosen,
+    ):
         name = "plain" if chosen is None else chosen.name
+        ready()
         torch.manual_seed(sampling.seed)
         begin = time.perf_counter()
         if chosen is None:
@@ -143,6 +145,22 @@ def generate(
     if hasattr(model, "ranks"):  # lutq/parallel
         name += f", {model.ranks.world} processes"
     return Generation(text, ids.shape[1], new_tokens, first - begin, last - first, backend_of(model), name)
+
+
+def what_would_fit(model: Any, prompt: int, new: int) -> str:
+    """Why there is no memory for `prompt` + `new` tokens, and for how many there is, in words."""
+    config, free = model.config, free_memory(model.device)
+    words, advice = f"{prompt} + {new} tokens do not fit", "shorten the prompt or --max-new-tokens, or use fewer bits per weight"
+    layers, heads, hidden = (getattr(config, name, 0) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    if not (layers and heads and hidden):
+        return f"{words}: {advice}"
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    ranks = model.ranks.world if hasattr(model, "ranks") else 1
+    per_token = 2 * layers * kv_heads * head_size * model.dtype.itemsize // ranks
+    words = f"{words}: their cache takes {size((prompt + new) * per_token)} and {model.device} has {size(free)} free"
+    fitting = int(0.9 * free) // per_token
+    return f"{words}, " + (f"enough for about {fitting}" if fitting < prompt + new else "too little for the rest") + f"; {advice}"
 
 
 def plain(model: Any, tokenizer: Any, ids: torch.Tensor, sampling: Sampling, streamer: TimedStreamer) -> int:

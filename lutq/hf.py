@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lutq.config import FORMAT_VERSION, LATER_VERSION, LayerConfig, check_bits, check_group, check_scale_bits
 from lutq.errors import LutqError
 from lutq.linear import LutLinear
-from lutq.ops import choose_backend
+from lutq.ops import choose_backend, working_backend
 from lutq.ordered import OrderedLinear
 from lutq.pack import EIGHT_BIT, LOWER, OWN, lower_shapes
 from lutq.parallel.load import load_part
@@ -257,7 +257,8 @@ def load(
         for module in loaded.modules():
             if isinstance(module, LutLinear):
                 module.backend = backend
-                module.prepack()
+                if not module.prepack() and not module.is_offloaded():
+                    working_backend(backend, module.codes.device)  # compiled now, not at the first product
     return loaded.eval()
 
 

@@ -100,12 +100,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def out_of_memory(explain: Callable[[], str]) -> Iterator[None]:
-    """Turn running out of memory inside the block into a LutqError that says what `explain` says."""
+def out_of_memory(explain: Callable[[], str], kind: type[LutqError] = LutqError) -> Iterator[None]:
+    """Turn running out of memory inside the block into an error of a kind that says what `explain` says."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         gc.collect()
-        raise LutqError(f"out of memory: {explain()}") from error
+        raise kind(f"out of memory: {explain()}") from error

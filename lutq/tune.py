@@ -16,7 +16,7 @@ import torch
 from lutq.bench import layer_of
 from lutq.build import MOVE_CACHE, writing
 from lutq.config import LayerConfig
-from lutq.cuda import Prepacked, multiply_dense, multiply_packed, prepack, rows_limit, user_table
+from lutq.cuda import Prepacked, multiply_dense, multiply_packed, prepack, read_limits, rows_limit, user_table
 from lutq.errors import LutqError
 from lutq.report import table
 from lutq.timing import expected_us, launches, require_gpu, time_graph
@@ -42,14 +42,7 @@ def threshold(times: dict[int, tuple[float, float]]) -> int:
 
 def merge(file: Path, name: str, limits: dict[str, int]) -> None:
     """Put the limits of a GPU into the table, beside those of others. Raises LutqError for a file that is no such table."""
-    tables: Any = {}
-    if file.is_file():
-        try:
-            tables = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            tables = None
-    if not isinstance(tables, dict):
-        raise LutqError(f"{file} is not a table of row limits: remove it")
+    tables = read_limits(file)
     with writing(file.parent, MOVE_CACHE):
         fresh = file.with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps(tables | {name: limits}, indent=1) + "\n", encoding="utf-8")

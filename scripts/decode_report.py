@@ -131,7 +131,7 @@ def everything(result: dict[str, Any]) -> list[str]:
     prompts = " or ".join(str(tokens) for tokens in dict.fromkeys(record["prompt_tokens"] for record in records))
     titles = ["model", "bits", "batch", "context", "ms", "p99", "tokens/s", "GB per token", "% of reading"]
     kinds = max((list(record["kinds_ms"]) for record in records), key=len)
-    titles += [", ".join(kinds) + " %", "GB in use", "first token, ms"]
+    titles += [", ".join(kinds) + " %", "GB in use", "first token, ms", "measured"]
     rows = [
         [
             ", ".join(description(record)),
@@ -143,11 +143,12 @@ def everything(result: dict[str, Any]) -> list[str]:
             shares(record),
             number(record["memory_bytes"] / 1e9),
             number(record["first_token_ms"]),
+            record["date"],
         ]
         for record in records
     ]
     return [
-        f"All that was measured, with torch {result['torch']} on {short(result)}, {result['date']}. A step is everything from "
+        f"All that was measured, with torch {result['torch']} on {short(result)}. A step is everything from "
         "one token to the next: embedding, blocks, head in fp16, cache and choice. ms is the median of its time, p99 the 99th "
         "percentile. It reads weights, head and cache; their rate is compared with the highest at which torch's reductions read, "
         f"{result['read_ceiling_gbps'] / 1000:.2f} TB/s. Shares are of graphs with one kind of work alone, which overlap a "

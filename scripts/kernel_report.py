@@ -3,6 +3,7 @@
 python scripts/kernel_report.py
 """
 
+import statistics
 from typing import Any
 
 from readme import Section
@@ -25,9 +26,11 @@ def markdown(result: dict[str, Any]) -> str:
     def times(N: int, K: int, M: int) -> str:
         return " / ".join(number(by_case[N, K, M, b]["us"]) for b in bits)
 
+    spreads = [(r["us_max"] - r["us_min"]) / r["us"] for r in result["records"]]
     lines = [
         f"One {result['gpu'].removeprefix('NVIDIA ')}, torch {result['torch']}, {result['date']}; it reads "
-        f"{result['read_ceiling_gbps'] / 1000:.2f} TB/s at most. us at {titles} bits; in brackets percent of that at M = 1.",
+        f"{result['read_ceiling_gbps'] / 1000:.2f} TB/s at most. us at {titles} bits; in brackets percent of that at M = 1. "
+        f"Medians; the slowest repeat took {statistics.median(spreads):.1%} longer than the fastest, {max(spreads):.0%} at most.",
         "",
         "| outputs x inputs | " + " | ".join(f"M = {M}" for M in FEW) + " | cuBLAS fp16, M = 1 |",
         "|---|" + "---|" * (len(FEW) + 1),

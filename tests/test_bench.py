@@ -83,6 +83,8 @@ def test_layer(bits, grid, expected):
         (("--plot", "no/x.png"), "no directory no for x.png: create it first"),
         (("--plot", "x.txt"), "--plot writes .png, .pdf or .svg, not 'x.txt'"),
         (("--tune", "--json", "x.json"), "give it alone"),
+        (("--tune", "--grid", "uniform"), "give it alone"),
+        (("--tune", "--group", "64"), "give it alone"),
         pytest.param((), "torch sees no GPU here: `lutq doctor` says", marks=NO_GPU),
         pytest.param(("--tune",), "torch sees no GPU here: `lutq doctor` says", marks=NO_GPU),
         pytest.param(("--device", "cuda:7"), "torch sees no GPU here", marks=NO_GPU),
@@ -518,14 +520,15 @@ def test_threshold(lut, dense, expected):
 
 def test_merge(tmp_path):
     file = tmp_path / "new" / "gpus.json"
-    merge(file, "A", {"1": 16})
-    merge(file, "B", {"1": 32})
-    merge(file, "A", {"1": 64})
-    assert json.loads(file.read_text()) == {"A": {"1": 64}, "B": {"1": 32}}
+    few, more, most = ({str(bits): rows for bits in (1, 2, 3, 4)} for rows in (16, 32, 64))
+    merge(file, "A", few)
+    merge(file, "B", more)
+    merge(file, "A", most)
+    assert json.loads(file.read_text()) == {"A": most, "B": more}
     assert list(file.parent.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"A": '])
+@pytest.mark.parametrize("content", ["", "[1]", '{"A": ', '{"A": 1}', '{"A": {"1": 16}}'])
 def test_merge_into_something_else(tmp_path, content):
     file = tmp_path / "gpus.json"
     file.write_text(content)

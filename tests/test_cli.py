@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 import lutq
 from lutq.cli import app
 from lutq.config import FIELDS, METHODS, STARTS, QuantConfig
+from lutq.ops import working_backend
 from lutq.quantize import quantize_checkpoint
 
 CHEAP = ("--method", "greedy", "--bits", "2", "--device", "cpu")
@@ -602,9 +604,33 @@ def test_out_of_memory_while_running(invoke, embedded, monkeypatch, error):
         monkeypatch.setattr(product, lambda *_: (_ for _ in ()).throw(error))
     message = one_sentence(invoke(*EVAL[:2], *EVAL[4:], "--model", embedded), f"{error=}", progress=True)
     assert "out of memory: windows of 64 tokens are too long here: use --protocol context-32" in message, f"{error=} {message}"
-    result = invoke(*GENERATE, "--model", embedded)  # has printed the prompt
-    assert (result.exit_code, result.stdout) == (2, "The old man"), f"{error=} {result.output}"
-    assert result.stderr.startswith("lutq: out of memory: the cache of 4 + 5 tokens does not fit"), f"{error=} {result.stderr}"
+    for free, words in ((8 << 30, "too little for the rest"), (1 << 14, "enough for about 1")):
+        monkeypatch.setattr("lutq.generate.free_memory", lambda device, free=free: free)
+        result = invoke(*GENERATE, "--model", embedded)  # has printed the prompt
+        assert (result.exit_code, result.stdout) == (2, "The old man"), f"{error=} {result.output}"
+        message = r"lutq: out of memory: 4 \+ 5 tokens do not fit: their cache takes 73.73 kB and cpu has .* free, "
+        assert re.match(f"{message}{words}; shorten the prompt or", result.stderr), f"{error=} {result.stderr}"
+
+
+def test_warnings_are_sentences(invoke, embedded, monkeypatch):
+    """What lutq warns of is one, ahead of the prompt; what other libraries warn of is shown as Python does."""
+
+    def load(*about, **settings):
+        warnings.warn("foreign", stacklevel=1)  # of this file
+        return loading(*about, **settings)
+
+    loading = lutq.load
+    monkeypatch.setattr("lutq.hf.load", load)
+    monkeypatch.setattr("lutq.cpu.no_kernel", lambda: "there is no compiler")
+    working_backend.cache_clear()
+    assert invoke("quantize", *CHEAP).exit_code == 0
+    result = invoke(*GENERATE)
+    working_backend.cache_clear()
+    foreign, own = (next(line for line in result.stderr.splitlines() if word in line) for word in ("foreign", "kernel: "))
+    assert own.startswith("lutq: warning: lutq runs without its CPU kernel: "), own
+    assert own.endswith("because the CPU kernel cannot run: there is no compiler"), own
+    assert re.search(r"test_cli\.py:\d+: UserWarning: foreign", foreign), foreign
+    assert result.output.index(own) < result.output.index("The old man")
 
 
 def test_other_errors_are_not_hidden(invoke, tiny, monkeypatch):

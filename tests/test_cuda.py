@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import json
 import re
 import warnings
 from types import SimpleNamespace
@@ -776,6 +777,21 @@ def test_rows_limit():
             assert rows_limit("", bits, fused) == unknown, f"{bits=} {fused=}"
         assert rows_limit("", bits, False) < rows_limit("", bits, True), f"{bits=}: fused_gemm pays longer"
         assert rows_limit("NVIDIA H200", bits, True) >= EIGHT, f"{bits=}"
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"NVIDIA H200": 1}', '{"NVIDIA H200": {"1": 16, "2": 16, "3": 16}}'])
+def test_a_damaged_table_of_the_user(monkeypatch, tmp_path, content):
+    own = tmp_path / "gpus.json"
+    monkeypatch.setattr(lutq.cuda, "user_table", lambda: own)
+    own.write_text(json.dumps({"Abacus 9000": {str(bits): 11 * bits for bits in (1, 2, 3, 4)}}))
+    rows_limit.cache_clear()
+    assert [rows_limit("Abacus 9000", bits, False) for bits in (1, 4)] == [11, 44]
+    own.write_text(content)
+    rows_limit.cache_clear()
+    with pytest.raises(LutqError, match=r"gpus\.json is not a table of row limits: remove it"):
+        rows_limit("NVIDIA H200", 4, True)
+    monkeypatch.undo()
+    rows_limit.cache_clear()
 
 
 # aligned

@@ -200,11 +200,13 @@ def test_what_does_not_fit_says_what_would(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("plain", [1], 100), "--engine must be fast or graph, not 'plain'"),
-        (("fast", [0], 100), "--batch must be 1 or more"),
-        (("graph", [2], 100), "1 for --engine graph, not 2"),
-        (("fast", [1], 99), "--replays must be 100 or more, not 99"),
-        (("fast", [1], 100, Path("no/such/x.json")), "no directory"),
+        (("plain", [1], 100, torch.half), "--engine must be fast or graph, not 'plain'"),
+        (("fast", [0], 100, torch.half), "--batch must be 1 to 16, and 1 for --engine graph, not 0"),
+        (("fast", [17], 100, torch.half), "--batch must be 1 to 16, and 1 for --engine graph, not 17"),
+        (("graph", [2], 100, torch.half), "1 for --engine graph, not 2"),
+        (("fast", [1], 99, torch.half), "--replays must be 100 or more, not 99"),
+        (("fast", [1], 100, torch.float32), "--dtype must be float16 or bfloat16 for --engine fast, not float32"),
+        (("fast", [1], 100, torch.half, Path("no/such/x.json")), "no directory"),
     ],
     ids=str,
 )
@@ -241,8 +243,10 @@ def test_bench_with_everything_but_a_gpu(monkeypatch, tmp_path):
     """The whole command over stand-ins for what times and launches."""
 
     def fake_measure(name, layer, batch, context, kind, replays, gpu, dtype):
+        if name == "opt-6.7b":
+            raise LutqError("there is no compiler")
         if name == "opt-1.3b":
-            raise LutqError("it needs 9 GB and cuda:0 has 8 GB free: 2 bits would fit")
+            raise bench.UnfitError("it needs 9 GB and cuda:0 has 8 GB free: 2 bits would fit")
         return a_record(model=name, bits=layer.bits if layer else 16, batch=batch, context=context)
 
     monkeypatch.setattr(bench, "require_gpu", lambda device: torch.device("cpu"))
@@ -262,6 +266,8 @@ def test_bench_with_everything_but_a_gpu(monkeypatch, tmp_path):
     assert result["records"][1]["tokens_per_second"] == 8000 / 1.25
     assert math.isclose(result["records"][0]["percent_of_ceiling"], 100 * 3.5e9 / 1.25e6 / 4500)
     assert lines.count("opt-1.3b, 3 bits, batch 1: it needs 9 GB and cuda:0 has 8 GB free: 2 bits would fit") == 1
+    with pytest.raises(LutqError, match="there is no compiler"):
+        bench.bench(["opt-125m", "opt-6.7b"], [3], echo=lines.append)
     with pytest.raises(LutqError, match="nothing of what was asked for fits"):
         bench.bench(["opt-1.3b"], echo=lines.append)
 

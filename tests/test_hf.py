@@ -75,6 +75,14 @@ def test_from_pretrained(checkpoint, dtype, place):
     assert error <= bound, f"{dtype=} {place=} {error=}"
 
 
+def test_kernels_are_compiled_at_load(checkpoint, monkeypatch):
+    """Not at the first product, which would count as the prompt's time."""
+    asked = []
+    monkeypatch.setattr(lutq.hf, "working_backend", lambda backend, device: asked.append((backend, device.type)))
+    lutq.load(checkpoint, device="cpu", backend="reference")
+    assert set(asked) == {("reference", "cpu")}
+
+
 def test_default_dtype_is_the_checkpoint_s(checkpoint):
     assert AutoModelForCausalLM.from_pretrained(checkpoint).dtype == torch.float16
     assert lutq.load(checkpoint, device="cpu").dtype == torch.float32, "float32 is what a CPU computes fast in"

@@ -28,7 +28,7 @@ from lutq.errors import LutqError
 from lutq.parallel.ranks import current
 from lutq.parallel.split import check_split
 from lutq.paths import check_folders
-from lutq.runtime import free_memory, out_of_memory, resolve_dtype, size
+from lutq.runtime import dtype_name, free_memory, out_of_memory, resolve_dtype, size
 from lutq.timing import read_ceiling, require_gpu
 
 PROMPT = 512  # tokens, of the time to the first token
@@ -229,14 +229,15 @@ def bench(
 ) -> dict[str, Any]:
     """Measure, print and write what the flags of `lutq bench decode` say; the JSON file is renewed after every case.
 
-    A model that does not fit is left out, with a word. Raises LutqError.
+    A model that does not fit is left out, with a word. Raises LutqError for all else.
     """
     from lutq.decode.chart import draw
     from lutq.roofline import require_matplotlib
 
     shapes, bits, batches = shape or ["llama-2-7b"], bits or [3], batch or [1]
     layers = {b: layer_for(b, grid, group) for b in bits}
-    check_settings(engine, batches, replays, json_file, plot)
+    activations = resolve_dtype(dtype, torch.float16)
+    check_settings(engine, batches, replays, activations, json_file, plot)
     if current().world > 1 and engine != "fast":
         raise LutqError(f"several GPUs share the fast engine's model: leave out --engine {engine}, or torchrun")
     if current().rank:
@@ -245,19 +246,18 @@ def bench(
         read_config(name)
     if plot is not None:
         require_matplotlib(plot)
-    gpu, activations = require_gpu(device), resolve_dtype(dtype, torch.float16)
+    gpu = require_gpu(device)
     with torch.cuda.device(gpu), torch.inference_mode():
         result = environment(gpu, read_ceiling(gpu, 20)) | {"records": []}
         torch.cuda.empty_cache()
         echo(f"{result['gpu']}: reads {result['read_ceiling_gbps']:.0f} GB/s at most (torch reductions, measured now)")
         echo(columns(list(COLUMNS)))
         for name, b, sequences in cases(shapes, bits, batches):
+            reason = f"{name} with {b} bits and a context of {context}: use fewer bits"
             try:
-                with out_of_memory(lambda name=name, b=b: f"{name} with {b} bits and a context of {context}: use fewer bits"):
+                with out_of_memory(lambda reason=reason: reason, LutqError if current().world > 1 else UnfitError):
                     record = measure(name, layers[b], sequences, context, engine, replays, gpu, activations)
-            except LutqError as error:
-                if current().world > 1 and not isinstance(error, UnfitError):  # the other ranks may wait for this one
-                    raise
+            except UnfitError as error:  # on every rank, or the others may wait for this one
                 echo(f"{name}, {b} bits, batch {sequences}: {error}")
                 continue
             finally:
@@ -268,6 +268,7 @@ def bench(
                 "tokens_per_second": 1000 * sequences / record["ms"],
                 "gbps": gbps,
                 "percent_of_ceiling": 100 * gbps / result["read_ceiling_gbps"],
+                "date": result["date"],
             }
             result["records"].append(record)
             echo(line(record))
@@ -282,13 +283,18 @@ def bench(
     return result
 
 
-def check_settings(engine: str, batches: list[int], replays: int, *files: Path | None) -> None:
+def check_settings(engine: str, batches: list[int], replays: int, dtype: torch.dtype, *files: Path | None) -> None:
     """Raise LutqError for values out of range and for files whose directory does not exist."""
+    from lutq.decode.steps import MOST_BATCH
+
     if engine not in ("fast", "graph"):
         raise LutqError(f"--engine must be fast or graph, not {engine!r}")
+    most = MOST_BATCH if engine == "fast" else 1
     for batch in batches:
-        if batch < 1 or (engine == "graph" and batch > 1):
-            raise LutqError(f"--batch must be 1 or more, and 1 for --engine graph, not {batch}")
+        if not 1 <= batch <= most:
+            raise LutqError(f"--batch must be 1 to {MOST_BATCH}, and 1 for --engine graph, not {batch}")
+    if engine == "fast" and dtype not in (torch.float16, torch.bfloat16):
+        raise LutqError(f"--dtype must be float16 or bfloat16 for --engine fast, not {dtype_name(dtype)}")
     if replays < 100:
         raise LutqError(f"--replays must be 100 or more, not {replays}: the 99th percentile is reported")
     check_folders(*files)
