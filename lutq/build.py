@@ -1,8 +1,9 @@
 """The compiled CUDA library: one shared object made from `kernels/*.cu`, found ready or compiled at first use.
 
 `library(capability)` looks for `kernels/lutq_cuda.so` beside the sources (a wheel may carry one, made with
-`lutq build --out kernels`), then in the user's cache, and compiles into the cache what is in neither. The cache is the
-folder that the environment variable LUTQ_CACHE names, else $XDG_CACHE_HOME/lutq, else ~/.cache/lutq.
+`lutq build --arch all --out kernels`), then in the user's cache, and compiles into the cache what is in neither. The cache is the
+folder that the environment variable LUTQ_CACHE names, else $XDG_CACHE_HOME/lutq, else ~/.cache/lutq. scripts/wheel_hook.py
+imports this module where no dependency of lutq is installed.
 
 Beside each lutq_cuda*.so lie a .json (the `Library` record) and a .log (the compiler's output, see `lutq.compiler.resources`).
 A library counts only if its record names the present sources and flags and its bytes are those of the record. One process
@@ -29,13 +30,24 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lutq.compiler import OLDEST, Compiler, arch_flags, covers, host_compiler, native_arch, parse_arch, require_compiler
+from lutq.compiler import (
+    FAT_ARCHS,
+    OLDEST,
+    Compiler,
+    arch_flags,
+    covers,
+    host_compiler,
+    native_arch,
+    parse_arch,
+    require_compiler,
+)
 from lutq.errors import LutqError
 from lutq.paths import shipped
 
 BUNDLED = "lutq_cuda.so"
 UNFINISHED = "unfinished-"
 MOVE_CACHE = "point the environment variable LUTQ_CACHE at a folder of yours"
+MINUTES = 0.75  # to compile for one architecture on two cores
 FLAGS = ("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-Xptxas", "-v", "--threads", "0")
 
 
@@ -155,10 +167,11 @@ def build(
 ) -> Library:
     """Compile into the cache, or as `out`/lutq_cuda.so; what the cache holds already is not compiled again.
 
-    `refused` are libraries of the cache that must not count. Raises LutqError without compiler, without a folder to write
-    to, and when compiling fails.
+    `all` among the architectures stands for FAT_ARCHS. `refused` are libraries of the cache that must not count. Raises
+    LutqError without compiler, without a folder to write to, and when compiling fails.
     """
-    archs = tuple(sorted(set(archs), key=parse_arch))
+    wanted = {one for arch in archs for one in (FAT_ARCHS if arch == "all" else (arch,))}
+    archs = tuple(sorted(wanted, key=parse_arch))
     sources = sources or shipped("kernels")
     digest = source_hash(sources)
     compiler = require_compiler(archs)
@@ -203,7 +216,9 @@ def locked(path: Path) -> Iterator[None]:
 
 def compile_library(archs: Sequence[str], target: Path, sources: Path, digest: str, compiler: Compiler) -> Library:
     """Run nvcc beside `target` and put the library in place. Raises LutqError with the compiler's last words."""
-    print(f"lutq: compiling the CUDA kernels for {' '.join(archs)}, once (about a minute) ...", file=sys.stderr, flush=True)
+    minutes = max(1, round(MINUTES * len(archs)))
+    words = f"about {minutes} minute{'s' if minutes > 1 else ''} on two cores, less on more"
+    print(f"lutq: compiling the CUDA kernels for {' '.join(archs)}, once ({words}) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=target.parent, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         made = folder / target.name

@@ -283,7 +283,11 @@ def info(
 @verb
 def build(
     arch: Annotated[
-        Optional[list[str]], typer.Option(help="sm_80, sm_90, ...; repeatable. Default: the GPU here, else all.")
+        Optional[list[str]],
+        typer.Option(
+            help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 (machine code), compute_80 (PTX, for later GPUs) or all of these; "
+            "repeatable. Default: the GPUs here; where there are none, all."
+        ),
     ] = None,
     out: Annotated[Optional[Path], typer.Option(help="Write lutq_cuda.so to this directory instead of the cache.")] = None,
     verbose: Verbose = False,

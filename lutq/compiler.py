@@ -102,7 +102,7 @@ def parse_arch(arch: str) -> tuple[str, tuple[int, int], str]:
     """`sm_90a` -> ("sm", (9, 0), "a"). Raises LutqError for another spelling and for what the kernels do not run on."""
     found = ARCH.fullmatch(arch)
     if found is None:
-        raise LutqError(f"unknown architecture {arch!r}: write {', '.join(DEFAULT_ARCHS)}, or compute_80 for PTX")
+        raise LutqError(f"unknown architecture {arch!r}: write {', '.join(DEFAULT_ARCHS)}, compute_80 for PTX, or all")
     kind, major, minor, suffix = found.groups()
     number = (int(major), int(minor))
     if number < OLDEST:
