@@ -4,7 +4,9 @@ A LutqError prints one sentence and exits with code 2; `--verbose` shows its tra
 """
 
 import functools
+import json
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -191,6 +193,9 @@ def generate(
     model: Model = "lutq-out",
     bits: Precision = None,
     file: Annotated[Optional[Path], typer.Option(help="Read the prompt from a file.")] = None,
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Every line is a prompt of its own; prints a line of JSON for each.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 0.95,
@@ -209,7 +214,7 @@ def generate(
 
     text = current().same(lambda: read_prompt(prompt, file))
     from lutq.decode.choose import check_engine
-    from lutq.generate import Sampling
+    from lutq.generate import Sampling, generate_many
     from lutq.generate import generate as run
     from lutq.hf import load
     from lutq.source import locate
@@ -219,6 +224,15 @@ def generate(
     check_engine(engine)
     loaded = load(model, device=device, dtype=dtype, backend=backend, bits=bits)
     tokenizer = load_tokenizer(locate(model)[0])
+    if lines:
+        prompts, begin = [line for line in text.splitlines() if line.strip()], []
+        results = generate_many(loaded, tokenizer, prompts, sampling, chat, engine, lambda: begin.append(time.perf_counter()))
+        seconds = time.perf_counter() - begin[0]
+        for one, result in zip(prompts, results, strict=True):
+            typer.echo(json.dumps({"prompt": one, "text": result.text}, ensure_ascii=False))
+        new = sum(result.new_tokens for result in results)
+        typer.echo(f"[{len(prompts)} prompts; {new} tokens, {new / seconds:.1f} tokens/s; {results[0].how()}]", err=True)
+        return
     say = functools.partial(typer.echo, nl=False)
     result = run(loaded, tokenizer, text, sampling, chat, say, engine, ready=lambda: None if chat else say(text))
     typer.echo("")

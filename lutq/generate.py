@@ -5,7 +5,7 @@ Sampling is that of transformers' `generate`, under the same names.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from transformers import TextStreamer
 
 from lutq.decode.choose import check_engine
 from lutq.decode.keep import engine_for
-from lutq.decode.loop import continue_text
+from lutq.decode.loop import continue_texts
+from lutq.decode.steps import MOST_BATCH
 from lutq.errors import LutqError
 from lutq.linear import backend_of
 from lutq.runtime import free_memory, out_of_memory, size
@@ -64,11 +65,14 @@ class Generation:
     def summary(self) -> str:
         """Tokens per second of both phases, and what computed them."""
         prompt = f"prompt {self.prompt_tokens} tokens, {self.prompt_tokens / self.prompt_seconds:.1f} tokens/s"
-        backend = f"backend {self.backend}" + (f", engine {self.engine}" if self.engine != "plain" else "")
         if self.new_tokens < 2:
-            return f"{prompt}; {backend}"
+            return f"{prompt}; {self.how()}"
         speed = (self.new_tokens - 1) / self.decode_seconds
-        return f"{prompt}; decode {self.new_tokens} tokens, {speed:.1f} tokens/s; {backend}"
+        return f"{prompt}; decode {self.new_tokens} tokens, {speed:.1f} tokens/s; {self.how()}"
+
+    def how(self) -> str:
+        """What computed it."""
+        return f"backend {self.backend}" + (f", engine {self.engine}" if self.engine != "plain" else "")
 
 
 class TimedStreamer(TextStreamer):
@@ -82,6 +86,13 @@ class TimedStreamer(TextStreamer):
         """Called by `generate` with the prompt first, then with every new token."""
         super().put(value)
         self.times.append(time.perf_counter())
+
+    def result(self, model: Any, prompt_tokens: int, new_tokens: int, begin: float, engine: str) -> Generation:
+        """What came of a prompt that was begun at a time; to be called at the end."""
+        first, last = self.times[1], self.times[-1]
+        if hasattr(model, "ranks"):  # lutq/parallel
+            engine += f", {model.ranks.world} processes"
+        return Generation("".join(self.pieces), prompt_tokens, new_tokens, first - begin, last - first, backend_of(model), engine)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called with text that will not change any more."""
@@ -121,11 +132,8 @@ def generate(
     check_engine(engine)
     sampling = sampling or Sampling()
     ids = encode(tokenizer, prompt, chat).to(model.device)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    room = (longest - ids.shape[1]) if longest else sampling.max_new_tokens
-    if room < 1:
-        raise LutqError(f"the prompt has {ids.shape[1]} tokens and the model takes {longest}: shorten the prompt")
-    sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+    longest = longest_of(model)
+    sampling = dataclasses.replace(sampling, max_new_tokens=room(ids, longest, sampling))
     streamer = TimedStreamer(tokenizer, write)
     capacity = ids.shape[1] + sampling.max_new_tokens
     with (
@@ -139,12 +147,71 @@ def generate(
         if chosen is None:
             new_tokens = plain(model, tokenizer, ids, sampling, streamer)
         else:
-            new_tokens = decode(chosen, model, ids, sampling, streamer)
-    first, last = streamer.times[1], streamer.times[-1]
-    text = "".join(streamer.pieces)
-    if hasattr(model, "ranks"):  # lutq/parallel
-        name += f", {model.ranks.world} processes"
-    return Generation(text, ids.shape[1], new_tokens, first - begin, last - first, backend_of(model), name)
+            (new_tokens,) = decode(chosen, model, ids, [sampling.max_new_tokens], [streamer])
+    return streamer.result(model, ids.shape[1], new_tokens, begin, name)
+
+
+@torch.inference_mode()
+def generate_many(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    sampling: Sampling | None = None,
+    chat: bool = False,
+    engine: str = "auto",
+    ready: Callable[[], None] = lambda: None,
+) -> list[Generation]:
+    """Continue several prompts: up to 16 at a time by the engine `fast`, one after the other by others.
+
+    Greedy texts are those of `generate`, but where rounding decides between two tokens; random ones are repeatable for the same
+    prompts in the same order. ready: called once the engine is there. Raises LutqError as `generate`, before any text is made.
+    """
+    check_engine(engine)
+    sampling = sampling or Sampling()
+    rows = [encode(tokenizer, prompt, chat).to(model.device) for prompt in prompts]
+    longest = longest_of(model)
+    counts = [room(ids, longest, sampling) for ids in rows]
+    capacity = max((ids.shape[1] + count for ids, count in zip(rows, counts, strict=True)), default=0)
+    batch, found = min(len(prompts), MOST_BATCH), []
+    if batch > 1:
+        with (
+            out_of_memory(lambda: what_would_fit(model, batch * (capacity - max(counts)), batch * max(counts))),
+            engine_for(engine, model, capacity, longest, sampling, batch) as chosen,
+        ):
+            if chosen is not None and chosen.batch == batch:
+                ready()
+                torch.manual_seed(sampling.seed)
+                for first in range(0, len(rows), batch):
+                    part = slice(first, first + batch)
+                    found += decode_many(chosen, model, tokenizer, rows[part], counts[part])
+    if not found:  # one prompt, or an engine for one at a time
+        for i, prompt in enumerate(prompts):
+            begin = ready if i == 0 else lambda: None
+            found.append(generate(model, tokenizer, prompt, sampling, chat, engine=engine, ready=begin))
+    return found
+
+
+def decode_many(engine: Any, model: Any, tokenizer: Any, rows: list[torch.Tensor], counts: list[int]) -> list[Generation]:
+    """Continue prompts [1, T], as many as the engine has sequences or fewer; the first then fills it."""
+    missing, begin = engine.batch - len(rows), time.perf_counter()
+    prompts = [ids[0] for ids in [*rows, *rows[:1] * missing]]
+    streamers = [TimedStreamer(tokenizer, lambda text: None) for _ in rows]
+    made = decode(engine, model, prompts, [*counts, *[0] * missing], streamers)
+    each = zip(streamers, rows, made, strict=False)
+    return [streamer.result(model, ids.shape[1], new, begin, engine.name) for streamer, ids, new in each]
+
+
+def longest_of(model: Any) -> int | None:
+    """Tokens of the longest text that a model takes; None where it does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def room(ids: torch.Tensor, longest: int | None, sampling: Sampling) -> int:
+    """New tokens for a prompt [1, T] at most. Raises LutqError where there is no room for one."""
+    left = (longest - ids.shape[1]) if longest else sampling.max_new_tokens
+    if left < 1:
+        raise LutqError(f"the prompt has {ids.shape[1]} tokens and the model takes {longest}: shorten the prompt")
+    return min(sampling.max_new_tokens, left)
 
 
 def what_would_fit(model: Any, prompt: int, new: int) -> str:
@@ -171,11 +238,15 @@ def plain(model: Any, tokenizer: Any, ids: torch.Tensor, sampling: Sampling, str
     return output.shape[1] - ids.shape[1]
 
 
-def decode(engine: Any, model: Any, ids: torch.Tensor, sampling: Sampling, streamer: TimedStreamer) -> int:
-    """Continue ids [1, T] by an engine of lutq/decode; how many tokens it made."""
+def decode(
+    engine: Any, model: Any, prompts: Sequence[torch.Tensor], counts: Sequence[int], streamers: Sequence[TimedStreamer]
+) -> list[int]:
+    """Continue prompts [T] by up to `counts` tokens by an engine of lutq/decode; how many tokens it made of each."""
     stop = model.generation_config.eos_token_id
     stop = set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
-    streamer.put(ids)
-    made = continue_text(engine, ids, sampling.max_new_tokens, stop, lambda token: streamer.put(torch.tensor([token])))
-    streamer.end()
+    for ids, streamer in zip(prompts, streamers, strict=False):
+        streamer.put(ids[None])
+    made = continue_texts(engine, prompts, counts, stop, lambda i, token: streamers[i].put(torch.tensor([token])))
+    for streamer in streamers:
+        streamer.end()
     return made

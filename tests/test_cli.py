@@ -48,7 +48,7 @@ FLAGS = {
     ],
     "generate": [
         *("prompt", "--model", "--file", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty"),
-        *("--seed", "--chat", "--engine", "--bits"),
+        *("--seed", "--chat", "--engine", "--bits", "--lines"),
     ],
     "eval-ppl": ["dataset", "--model", "--bits", "--baseline", "--protocol", "--max-windows", "--json"],
     "info": ["model"],
@@ -610,6 +610,25 @@ def test_out_of_memory_while_running(invoke, embedded, monkeypatch, error):
         assert (result.exit_code, result.stdout) == (2, "The old man"), f"{error=} {result.output}"
         message = r"lutq: out of memory: 4 \+ 5 tokens do not fit: their cache takes 73.73 kB and cpu has .* free, "
         assert re.match(f"{message}{words}; shorten the prompt or", result.stderr), f"{error=} {result.stderr}"
+
+
+def test_prompts_of_a_file(invoke, embedded, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("The old man\n\n  She said\n", encoding="utf-8")
+    settings = ("--max-new-tokens", "5", "--temperature", "0", "--device", "cpu", "--model", embedded)
+    for engine in ("plain", "fast"):
+        result = invoke("generate", "--lines", "--file", str(file), "--engine", engine, *settings)
+        assert result.exit_code == 0, f"{engine=} {result.output}"
+        found = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [record["prompt"] for record in found] == ["The old man", "  She said"], f"{engine=} {found}"
+        for record in found:
+            alone = invoke("generate", record["prompt"], *settings)
+            assert alone.stdout == record["prompt"] + record["text"] + "\n", f"{engine=} {record=} {alone.stdout=}"
+        assert re.match(r"\[2 prompts; 10 tokens, [\d.]+ tokens/s; backend (cpu|torch)", result.stderr.splitlines()[-1]), (
+            result.stderr
+        )
+    file.write_text("\n \n")
+    assert "is empty" in one_sentence(invoke("generate", "--lines", "--file", str(file), *settings), "no lines")
 
 
 def test_warnings_are_sentences(invoke, embedded, monkeypatch):

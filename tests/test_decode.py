@@ -628,7 +628,7 @@ class OnGpu:
 def test_auto_takes_the_first_that_works(small, monkeypatch):
     tried = []
 
-    def attempt(name, model, capacity, settings):
+    def attempt(name, model, capacity, settings, batch):
         tried.append(name)
         if name in refusing:
             raise RefusedError(name, "of a test")

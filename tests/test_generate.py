@@ -8,7 +8,7 @@ from conftest import CPU_BACKEND
 from transformers import AutoTokenizer
 
 from lutq.errors import LutqError
-from lutq.generate import Sampling, encode, generate
+from lutq.generate import Sampling, encode, generate, generate_many
 from lutq.hf import load
 
 PROMPT = "The old man walked slowly to the house, and"
@@ -211,3 +211,63 @@ def test_chat_through_the_command_line(chat_directory, lutq_command):
     assert result.returncode == 0, result.stderr
     assert "Who goes there?" not in result.stdout, f"the answer alone is wanted: {result.stdout}"
     assert result.stdout.strip(), f"{result.stdout=}"
+
+
+# Several prompts
+
+PROMPTS = [" ".join(PROMPT.split()[: 1 + i % 9]) for i in range(18)]  # more than an engine takes at a time, of many lengths
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_several_prompts(model, tokenizer, engine, penalty):
+    sampling = Sampling(max_new_tokens=9, repetition_penalty=penalty, **GREEDY)
+    for count in (0, 1, 2, 18) if engine == "fast" else (0, 2):
+        ready = []
+        found = generate_many(
+            model, tokenizer, PROMPTS[:count], sampling, engine=engine, ready=lambda ready=ready: ready.append(1)
+        )
+        assert len(found) == count
+        assert len(ready) == min(count, 1)
+        for prompt, result in zip(PROMPTS, found, strict=False):
+            alone = generate(model, tokenizer, prompt, sampling)
+            assert result.text == alone.text, f"{engine=} {penalty=} {count=} {prompt=} {result.text=} {alone.text=}"
+            assert (result.prompt_tokens, result.new_tokens) == (alone.prompt_tokens, alone.new_tokens), f"{prompt=} {result}"
+            assert result.engine == engine
+            assert result.prompt_seconds > 0
+
+
+def test_several_random_texts(model, tokenizer):
+    def texts(seed, prompts=PROMPTS):
+        return [r.text for r in generate_many(model, tokenizer, prompts, Sampling(max_new_tokens=9, seed=seed), engine="fast")]
+
+    assert texts(0) == texts(0)
+    assert texts(0) != texts(1)
+    assert len(set(texts(0, [PROMPT] * 6))) > 1, "sequences draw for themselves"
+
+
+def test_several_texts_end_each_at_its_own_end(model, tokenizer, monkeypatch):
+    """At a stop token, or where the model takes no more."""
+    sampling = Sampling(max_new_tokens=12, **GREEDY)
+    ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS[:4]]
+    expected = [argmax_loop(model, row, 12) for row in ids]
+    stop = expected[2][3]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", stop)
+    found = generate_many(model, tokenizer, PROMPTS[:4], sampling, engine="fast")
+    counts = [tokens.index(stop) + 1 if stop in tokens else 12 for tokens in expected]
+    assert [result.new_tokens for result in found] == counts
+    assert min(counts) < 12
+    monkeypatch.undo()
+    monkeypatch.setattr(model.config, "max_position_embeddings", ids[3].shape[1] + 5)
+    found = generate_many(model, tokenizer, PROMPTS[:4], sampling, engine="fast")
+    counts = [min(12, ids[3].shape[1] + 5 - row.shape[1]) for row in ids]
+    assert [result.new_tokens for result in found] == counts
+    for result, tokens, count in zip(found, expected, counts, strict=True):
+        assert result.text == tokenizer.decode(tokens[:count], skip_special_tokens=True), f"{count=}"
+
+
+def test_a_prompt_among_several_that_is_too_long(model, tokenizer):
+    with pytest.raises(LutqError, match=r"the prompt has \d+ tokens and the model takes 1024: shorten the prompt"):
+        generate_many(model, tokenizer, [PROMPT, "house " * 1500], engine="fast")
+    with pytest.raises(LutqError, match="the prompt is empty"):
+        generate_many(model, tokenizer, [PROMPT, " "], engine="fast")

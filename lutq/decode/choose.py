@@ -23,15 +23,17 @@ def check_engine(name: str) -> None:
         raise LutqError(f"unknown engine {name!r}: use {', '.join(ENGINES)}")
 
 
-def make(name: str, model: Any, capacity: int, settings: Settings) -> Any:
-    """The engine `fast` or `graph` for texts of `capacity` tokens, captured. Raises RefusedError with the reason why not."""
-    sampler = Sampler(settings, model.config.vocab_size, 1, model.device)
+def make(name: str, model: Any, capacity: int, settings: Settings, batch: int = 1) -> Any:
+    """The engine `fast` or `graph` for `batch` texts of `capacity` tokens at a time, captured; `graph` is for one, whatever the
+    batch. Raises RefusedError with the reason why not.
+    """
     if name == "fast":
+        sampler = Sampler(settings, model.config.vocab_size, batch, model.device)
         ranks = getattr(model, "ranks", ALONE)
         weights = weights_of(model, ranks.world)
-        engine: Any = Engine(weights, capacity, 1, functions_for(model), sampler, ranks)
+        engine: Any = Engine(weights, capacity, batch, functions_for(model), sampler, ranks)
     else:
-        engine = General(model, capacity, sampler)
+        engine = General(model, capacity, Sampler(settings, model.config.vocab_size, 1, model.device))
     engine.capture()
     return engine
 
@@ -50,7 +52,7 @@ def functions_for(model: Any) -> Any:
         raise RefusedError("fast", f"its kernels cannot run: {error}") from error
 
 
-def choose(requested: str, model: Any, capacity: int, settings: Settings) -> Any:
+def choose(requested: str, model: Any, capacity: int, settings: Settings, batch: int = 1) -> Any:
     """The engine asked for, or None for `plain`. `auto`: on a GPU the first of fast, graph and plain that takes the model.
 
     A rank's part of a model (lutq/parallel) is for `fast`. Warns once why `auto` does not take a faster one; raises LutqError
@@ -60,15 +62,15 @@ def choose(requested: str, model: Any, capacity: int, settings: Settings) -> Any
     if hasattr(model, "ranks"):
         if requested not in ("auto", "fast"):
             raise LutqError(f"several processes share the fast engine's model: leave out --engine {requested}, or torchrun")
-        return make("fast", model, capacity, settings)
+        return make("fast", model, capacity, settings, batch)
     if requested == "plain" or (requested == "auto" and model.device.type != "cuda"):
         return None
     if requested != "auto":
-        return make(requested, model, capacity, settings)
+        return make(requested, model, capacity, settings, batch)
     names = ["graph"] if backend_of(model) == "reference" else ["fast", "graph"]
     for name, slower in zip(names, [*names[1:], "plain"], strict=True):
         try:
-            return make(name, model, capacity, settings)
+            return make(name, model, capacity, settings, batch)
         except RefusedError as error:
             warnings.warn(f"lutq decodes with --engine {slower}: {name} does not take this model: {error.reason}", stacklevel=2)
             torch.cuda.empty_cache()

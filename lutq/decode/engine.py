@@ -244,13 +244,13 @@ class Engine:
             self.token.zero_()
             self.position.zero_()
 
-    def prompt(self, ids: torch.Tensor) -> None:
-        """Read prompts [batch, T] and choose the token after each."""
+    def prompt(self, prompts: Sequence[torch.Tensor]) -> None:
+        """Read prompts [T], one for each sequence, and choose the token after each."""
         if self.sampler is not None:
-            self.sampler.reset(ids)
+            self.sampler.reset(prompts)
         with on_device(self.weights.device):
-            for i, row in enumerate(ids):
-                prefill(self, i, row)
+            for i, ids in enumerate(prompts):
+                prefill(self, i, ids)
             self.choose()
 
     def advance(self) -> None:

@@ -6,7 +6,7 @@ numbers would be captured wrongly, so the first steps are computed both ways and
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class General:
     Raises RefusedError, with the reason, for a model that cannot be captured.
     """
 
-    name = "graph"
+    name, batch = "graph", 1
 
     def __init__(self, model: Any, capacity: int, sampler: Sampler) -> None:
         from transformers.cache_utils import Cache, StaticLayer
@@ -112,10 +112,12 @@ class General:
             logits.append(self.logits.float().clone())
         return torch.cat(logits)
 
-    def prompt(self, ids: torch.Tensor) -> None:
-        """Read a prompt [1, T] and choose the token after it."""
+    def prompt(self, prompts: Sequence[torch.Tensor]) -> None:
+        """Read the one prompt [T] and choose the token after it."""
+        (ids,) = prompts
+        ids = ids[None]
         self.clear()
-        self.sampler.reset(ids)
+        self.sampler.reset(prompts)
         with on_device(self.device):
             begin = 0
             for part in ids.split(CHUNK, dim=1):

@@ -61,24 +61,26 @@ def forget(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def engine_for(requested: str, model: Any, capacity: int, longest: int | None, settings: Settings) -> Iterator[Any]:
+def engine_for(
+    requested: str, model: Any, capacity: int, longest: int | None, settings: Settings, batch: int = 1
+) -> Iterator[Any]:
     """What `choose` gives for texts of `capacity` tokens, or of a few more, up to `longest`; of the last text, if it would do.
 
     After the block it stays with the model, if the block ends well and the model is not a rank's part of one, whose processes
     end together. Raises as `choose`.
     """
     if requested == "plain":
-        yield choose(requested, model, capacity, settings)
+        yield choose(requested, model, capacity, settings, batch)
         return
     capacity = -(-capacity // ROUNDING) * ROUNDING
     capacity = min(capacity, longest or capacity)
     names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    purpose = (requested, capacity, *(getattr(settings, name) for name in names))
+    purpose = (requested, capacity, batch, *(getattr(settings, name) for name in names))
     kept = model.__dict__.pop(NAME, None)
     if kept is None or kept.engine is None or kept.purpose != (purpose, weight_marks(model)):
         if kept is not None:
             kept.free()
-        kept = Kept(choose(requested, model, capacity, settings))
+        kept = Kept(choose(requested, model, capacity, settings, batch))
     try:
         yield kept.engine
     except BaseException:

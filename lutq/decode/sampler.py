@@ -4,6 +4,7 @@ Order and meaning are those of transformers' `generate`: repetition penalty, tem
 exponential variables, argmax p / e, e ~ Exp(1), from the device's default generator, whose state graphs of torch know.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -29,10 +30,12 @@ class Sampler:
             self.seen = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device)
         self.greedy = settings.temperature == 0 and self.seen is None
 
-    def reset(self, ids: torch.Tensor) -> None:
-        """Begin with prompts [batch, T]: their tokens, and no others, are discouraged."""
+    def reset(self, prompts: Iterable[torch.Tensor]) -> None:
+        """Begin with prompts [T], one for each sequence: their tokens, and no others, are discouraged."""
         if self.seen is not None:
-            self.seen.zero_().scatter_(1, ids, True)
+            self.seen.zero_()
+            for seen, ids in zip(self.seen, prompts, strict=True):
+                seen[ids] = True
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Tokens int64 [batch] by logits [batch, vocabulary]."""
