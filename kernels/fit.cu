@@ -52,7 +52,12 @@ __device__ __forceinline__ float add_up(float v) {
 }
 __device__ __forceinline__ float stored(float v) { return __half2float(__float2half_rn(v)); }
 
-__global__ void __launch_bounds__(32 * WARPS) fit_grid(const GridSearch a) {
+#if __CUDA_ARCH__ >= 1200  // where the compiler would fit six blocks into a processor, and spill
+constexpr int GRID_BLOCKS = 5;
+#else
+constexpr int GRID_BLOCKS = 0;  // as many as it likes
+#endif
+__global__ void __launch_bounds__(32 * WARPS, GRID_BLOCKS) fit_grid(const GridSearch a) {
   const int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= a.R) return;

@@ -66,7 +66,7 @@ template <int BITS, int H, int SPAN> struct Stream {
   __device__ __forceinline__ void push() {
     if (++sub == SPAN || place.unit(pass) + sub >= shape.units) {
       sub = 0, tile += 2;
-#if __CUDA_ARCH__ < 860  // more instructions and fewer registers, which spill there
+#if __CUDA_ARCH__ >= 1000  // more instructions for fewer registers, where the compiler would spill
       if (tile < place.tile_end) go_to_tile();
 #else
       codes += 2 * CODES, records += 2 * shape.record;

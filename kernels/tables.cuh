@@ -162,7 +162,12 @@ template <int SPAN, int H, int GRID> struct Tables {
       for (int p = 0; p < PIECES; p++) own_sum[p] += __shfl_xor_sync(~0u, own_sum[p], 2);
     }
     const half h = __float2half_rn(up);
-    const half2 signs = __halves2half2(__hneg(h), h), sigma = __half2half2(q & 1 ? h : __hneg(h));
+#if __CUDA_ARCH__ < 860  // where the compiler would make -h anew for every table, all of them at once, and spill
+    const half2 signs = as_half2(as_word(__half2half2(h)) ^ 0x8000u);
+#else
+    const half2 signs = __halves2half2(__hneg(h), h);
+#endif
+    const half2 sigma = __half2half2(q & 1 ? h : __hneg(h));
 #pragma unroll
     for (int i = 0; i < SPAN * 64; i++) {
       const half2 x = as_half2(b[i]);

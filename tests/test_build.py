@@ -146,25 +146,13 @@ def fat(tmp_path_factory):
     return build(FAT_ARCHS, out=tmp_path_factory.mktemp("fat"))
 
 
-# Bytes of local memory that a few kernels still use, outside their loops, on GPUs not measured yet; elsewhere none.
-LOCAL = {"sm_80": 272, "sm_100": 16, "sm_120": 16}
-
-
 @pytest.mark.parametrize("arch", DEFAULT_ARCHS)
 def test_kernels_do_not_spill(fat, arch):
-    found = resources(fat.path.with_suffix(".log").read_text())
-    limits = {
-        "lut_gemm": LOCAL.get(arch, 0),
-        "lut_gemv": 0,
-        "bit_gemv": 0,
-        "fused_gemm": 0,
-        "6decode": 0,
-    }  # 6decode: a namespace, mangled
-    for name, limit in limits.items():
-        kernels = [kernel for kernel in found if kernel.arch.rstrip("a") == arch and name in kernel.name]
-        assert kernels, f"{arch=}: no kernel named {name} among {len(found)}"
-        bad = [kernel for kernel in kernels if kernel.stack > limit or (not limit and kernel.spill_stores + kernel.spill_loads)]
-        assert not bad, f"{arch=}: {len(bad)} of {len(kernels)} kernels use local memory:\n" + "\n".join(map(str, bad))
+    kernels = [kernel for kernel in resources(fat.path.with_suffix(".log").read_text()) if kernel.arch.rstrip("a") == arch]
+    for name in ("lut_gemm", "lut_gemv", "bit_gemv", "fused_gemm", "6decode"):  # 6decode: a namespace, mangled
+        assert any(name in kernel.name for kernel in kernels), f"{arch=}: no kernel named {name} among {len(kernels)}"
+    bad = [kernel for kernel in kernels if kernel.stack + kernel.spill_stores + kernel.spill_loads]
+    assert not bad, f"{arch=}: {len(bad)} of {len(kernels)} kernels use local memory:\n" + "\n".join(map(str, bad))
 
 
 def test_fused_gemm_is_compiled_for_hopper_alone(fat):
