@@ -9,6 +9,7 @@ for every tool.
 
 import re
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ class LutqConfig(QuantizationConfigMixin):
         return LutqConfig(**self.to_dict() | {"modules": modules, "lowest_bits": 0})
 
 
+loading: ContextVar[bool] = ContextVar("loading", default=False)  # whether `load` has called from_pretrained
+
+
 @register_quantizer("lutq")
 class LutqHfQuantizer(HfQuantizer):
     """Puts `LutLinear` modules in place of the quantized Linear layers before transformers loads the tensors."""
@@ -120,6 +124,14 @@ class LutqHfQuantizer(HfQuantizer):
         ignored = {f"^{re.escape(self.quantization_config.guard)}$", rf"\.({'|'.join(LOWER)})$"}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         self.quantization_config = self.quantization_config.at(None)  # of the model, whatever else the files serve
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        """Kernel order now: the first product may be one that torch compiles, which cannot make it. `load` does so itself."""
+        if not loading.get():
+            for module in model.modules():
+                if isinstance(module, LutLinear):
+                    module.prepack()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -242,6 +254,7 @@ def load(
         options["device_map"] = {"": place}
     options |= {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     with out_of_memory(lambda: what_would_fit(path, dtype, place, model_bytes(path, dtype, layers, lower))):
+        mark = loading.set(True)
         try:
             if lower:
                 loaded, info = load_lower(path, config, quantization, lower, options)
@@ -251,6 +264,8 @@ def load(
             if isinstance(error, LutqError):
                 raise
             raise LutqError(f"transformers cannot load {path}: {str(error).strip().split(chr(10))[0]}") from error
+        finally:
+            loading.reset(mark)
     if info["missing_keys"]:
         raise LutqError(f"{path} lacks the tensor {sorted(info['missing_keys'])[0]}: copy or quantize the model again")
     if quantization:

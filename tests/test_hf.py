@@ -83,6 +83,17 @@ def test_kernels_are_compiled_at_load(checkpoint, monkeypatch):
     assert set(asked) == {("reference", "cpu")}
 
 
+def test_kernel_order_is_made_at_load(checkpoint, monkeypatch):
+    """Once for each layer, by whatever loads: a product that torch compiles cannot make it."""
+    made = []
+    monkeypatch.setattr(LutLinear, "prepack", lambda self: made.append(self) or False)
+    for load in (lambda: AutoModelForCausalLM.from_pretrained(checkpoint), lambda: lutq.load(checkpoint, device="cpu")):
+        made.clear()
+        layers = [module for module in load().modules() if isinstance(module, LutLinear)]
+        assert layers
+        assert list(map(id, made)) == list(map(id, layers))
+
+
 def test_default_dtype_is_the_checkpoint_s(checkpoint):
     assert AutoModelForCausalLM.from_pretrained(checkpoint).dtype == torch.float16
     assert lutq.load(checkpoint, device="cpu").dtype == torch.float32, "float32 is what a CPU computes fast in"
