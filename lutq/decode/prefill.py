@@ -1,4 +1,5 @@
-"""Reading a prompt: the fast engine's step for many tokens of one sequence, in chunks, so that memory does not grow with it.
+"""Reading a prompt: the fast engine's step for many tokens of one sequence, in chunks. Beyond the cache, memory grows with it only
+by the keys and values of one layer, repeated where heads share them, and the mask of a chunk.
 
 Products are those for many rows of x (weights dequantized, then an ordinary product), attention is torch's.
 """
