@@ -1,5 +1,5 @@
-"""Reading a prompt: the fast engine's step for many tokens of one sequence, in chunks. Beyond the cache, memory grows with it only
-by the keys and values of one layer, repeated where heads share them, and the mask of a chunk.
+"""Reading a prompt: the fast engine's step for many tokens of one sequence, in chunks. Beyond the cache, memory grows with the
+prompt by the mask of a chunk and, where heads share keys and values, by those of one layer, repeated.
 
 Products are those for many rows of x (weights dequantized, then an ordinary product), attention is torch's.
 """
