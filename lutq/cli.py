@@ -17,7 +17,7 @@ import typer
 
 from lutq import __version__
 from lutq.config import FIELDS, METHODS, STARTS, make_config
-from lutq.errors import LutqError
+from lutq.errors import LutqError, LutqWarning
 from lutq.parallel.job import job
 
 app = typer.Typer(
@@ -65,7 +65,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 def show_warning(message: Warning | str, category: type[Warning], file: str, line: int, *where: Any) -> None:
     """What lutq warns of as one sentence on standard error, what others do as Python shows it."""
-    own = Path(file).is_relative_to(Path(__file__).parent)
+    own = issubclass(category, LutqWarning)
     typer.echo(f"lutq: warning: {message}" if own else warnings.formatwarning(message, category, file, line), err=True, nl=own)
 
 
@@ -214,7 +214,7 @@ def generate(
 
     text = current().same(lambda: read_prompt(prompt, file))
     from lutq.decode.choose import check_engine
-    from lutq.generate import Sampling, generate_many
+    from lutq.generate import Generation, Sampling, generate_many
     from lutq.generate import generate as run
     from lutq.hf import load
     from lutq.source import locate
@@ -225,11 +225,15 @@ def generate(
     loaded = load(model, device=device, dtype=dtype, backend=backend, bits=bits)
     tokenizer = load_tokenizer(locate(model)[0])
     if lines:
-        prompts, begin = [line for line in text.splitlines() if line.strip()], []
-        results = generate_many(loaded, tokenizer, prompts, sampling, chat, engine, lambda: begin.append(time.perf_counter()))
-        seconds = time.perf_counter() - begin[0]
-        for one, result in zip(prompts, results, strict=True):
+        prompts, begin = [line.rstrip("\r") for line in text.split("\n") if line.strip()], []
+
+        def done(one: str, result: Generation) -> None:
             typer.echo(json.dumps({"prompt": one, "text": result.text}, ensure_ascii=False))
+
+        results = generate_many(
+            loaded, tokenizer, prompts, sampling, chat, engine, lambda: begin.append(time.perf_counter()), done
+        )
+        seconds = time.perf_counter() - begin[0]
         new = sum(result.new_tokens for result in results)
         typer.echo(f"[{len(prompts)} prompts; {new} tokens, {new / seconds:.1f} tokens/s; {results[0].how()}]", err=True)
         return

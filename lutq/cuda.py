@@ -503,7 +503,7 @@ def multiply_packed(x: torch.Tensor, ready: Prepacked, bias: torch.Tensor | None
 
 def fuses(ready: Prepacked, N: int, K: int, layer: LayerConfig, gpu: Gpu, normed: bool, gated: bool) -> bool:
     """Whether `multiply_fused` takes a layer, with a norm of x and gated outputs or not."""
-    fits = fits_packed(ready, layer) and not (normed and units(K) > PASS_UNITS) and not (gated and N % (2 * TILE))
+    fits = fits_packed(ready, layer) and not (normed and (units(K) > PASS_UNITS or K % 8)) and not (gated and N % (2 * TILE))
     return fits and bit_blocks(N, K, layer, gpu, 1 + gated) > 0
 
 

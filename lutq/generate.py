@@ -112,7 +112,6 @@ def encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
 
 
-@torch.inference_mode()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -129,26 +128,7 @@ def generate(
     text (lutq/decode/keep.py). ready: called once the engine is there, before the prompt is read. Raises LutqError for an empty
     prompt or one that leaves no room, for an engine that does not take the model, and when memory runs out.
     """
-    check_engine(engine)
-    sampling = sampling or Sampling()
-    ids = encode(tokenizer, prompt, chat).to(model.device)
-    longest = longest_of(model)
-    sampling = dataclasses.replace(sampling, max_new_tokens=room(ids, longest, sampling))
-    streamer = TimedStreamer(tokenizer, write)
-    capacity = ids.shape[1] + sampling.max_new_tokens
-    with (
-        out_of_memory(lambda: what_would_fit(model, ids.shape[1], sampling.max_new_tokens)),
-        engine_for(engine, model, capacity, longest, sampling) as chosen,
-    ):
-        name = "plain" if chosen is None else chosen.name
-        ready()
-        torch.manual_seed(sampling.seed)
-        begin = time.perf_counter()
-        if chosen is None:
-            new_tokens = plain(model, tokenizer, ids, sampling, streamer)
-        else:
-            (new_tokens,) = decode(chosen, model, ids, [sampling.max_new_tokens], [streamer])
-    return streamer.result(model, ids.shape[1], new_tokens, begin, name)
+    return generate_many(model, tokenizer, [prompt], sampling, chat, engine, ready, write=write)[0]
 
 
 @torch.inference_mode()
@@ -160,45 +140,57 @@ def generate_many(
     chat: bool = False,
     engine: str = "auto",
     ready: Callable[[], None] = lambda: None,
+    done: Callable[[str, Generation], None] = lambda prompt, result: None,
+    write: Callable[[str], None] = lambda text: None,
 ) -> list[Generation]:
     """Continue several prompts: up to 16 at a time by the engine `fast`, one after the other by others.
 
     Greedy texts are those of `generate`, but where rounding decides between two tokens; random ones are repeatable for the same
-    prompts in the same order. ready: called once the engine is there. Raises LutqError as `generate`, before any text is made.
+    prompts in the same order. ready: called once the engine is there. done: gets every prompt, in order, with what came of it.
+    write: gets the words of all as they come. Raises LutqError as `generate`, for what is wrong with a prompt before any is read.
     """
     check_engine(engine)
     sampling = sampling or Sampling()
     rows = [encode(tokenizer, prompt, chat).to(model.device) for prompt in prompts]
     longest = longest_of(model)
     counts = [room(ids, longest, sampling) for ids in rows]
-    capacity = max((ids.shape[1] + count for ids, count in zip(rows, counts, strict=True)), default=0)
-    batch, found = min(len(prompts), MOST_BATCH), []
-    if batch > 1:
-        with (
-            out_of_memory(lambda: what_would_fit(model, batch * (capacity - max(counts)), batch * max(counts))),
-            engine_for(engine, model, capacity, longest, sampling, batch) as chosen,
-        ):
-            if chosen is not None and chosen.batch == batch:
-                ready()
-                torch.manual_seed(sampling.seed)
-                for first in range(0, len(rows), batch):
-                    part = slice(first, first + batch)
-                    found += decode_many(chosen, model, tokenizer, rows[part], counts[part])
-    if not found:  # one prompt, or an engine for one at a time
-        for i, prompt in enumerate(prompts):
-            begin = ready if i == 0 else lambda: None
-            found.append(generate(model, tokenizer, prompt, sampling, chat, engine=engine, ready=begin))
+    if not rows:
+        return []
+    most, batch, found = max(counts), min(len(rows), MOST_BATCH), []
+    capacity = max(ids.shape[1] + count for ids, count in zip(rows, counts, strict=True))
+    with (
+        out_of_memory(lambda: what_would_fit(model, batch * (capacity - most), batch * most)),
+        engine_for(engine, model, capacity, longest, sampling, batch) as chosen,
+    ):
+        ready()
+        torch.manual_seed(sampling.seed)
+        together = 1 if chosen is None else chosen.batch
+        for first in range(0, len(rows), together):
+            part = slice(first, first + together)
+            results = generate_part(chosen, model, tokenizer, rows[part], counts[part], sampling, write)
+            for prompt, result in zip(prompts[part], results, strict=True):
+                done(prompt, result)
+            found += results
     return found
 
 
-def decode_many(engine: Any, model: Any, tokenizer: Any, rows: list[torch.Tensor], counts: list[int]) -> list[Generation]:
-    """Continue prompts [1, T], as many as the engine has sequences or fewer; the first then fills it."""
-    missing, begin = engine.batch - len(rows), time.perf_counter()
-    prompts = [ids[0] for ids in [*rows, *rows[:1] * missing]]
-    streamers = [TimedStreamer(tokenizer, lambda text: None) for _ in rows]
-    made = decode(engine, model, prompts, [*counts, *[0] * missing], streamers)
-    each = zip(streamers, rows, made, strict=False)
-    return [streamer.result(model, ids.shape[1], new, begin, engine.name) for streamer, ids, new in each]
+def generate_part(
+    engine: Any,
+    model: Any,
+    tokenizer: Any,
+    rows: list[torch.Tensor],
+    counts: list[int],
+    sampling: Sampling,
+    write: Callable[[str], None],
+) -> list[Generation]:
+    """Continue prompts [1, T] by up to `counts` tokens, as many as the engine has sequences or fewer; one without an engine."""
+    streamers, begin = [TimedStreamer(tokenizer, write) for _ in rows], time.perf_counter()
+    if engine is None:
+        name, made = "plain", [plain(model, tokenizer, rows[0], counts[0], sampling, streamers[0])]
+    else:
+        name, made = engine.name, decode(engine, model, rows, counts, streamers)
+    each = zip(streamers, rows, made, strict=True)
+    return [streamer.result(model, ids.shape[1], new, begin, name) for streamer, ids, new in each]
 
 
 def longest_of(model: Any) -> int | None:
@@ -230,23 +222,27 @@ def what_would_fit(model: Any, prompt: int, new: int) -> str:
     return f"{words}, " + (f"enough for about {fitting}" if fitting < prompt + new else "too little for the rest") + f"; {advice}"
 
 
-def plain(model: Any, tokenizer: Any, ids: torch.Tensor, sampling: Sampling, streamer: TimedStreamer) -> int:
-    """Continue ids [1, T] by transformers' `generate`; how many tokens it made."""
+def plain(model: Any, tokenizer: Any, ids: torch.Tensor, count: int, sampling: Sampling, streamer: TimedStreamer) -> int:
+    """Continue ids [1, T] by up to `count` tokens by transformers' `generate`; how many tokens it made."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    mask = torch.ones_like(ids)
-    output = model.generate(ids, attention_mask=mask, streamer=streamer, pad_token_id=pad, **sampling.options())
+    mask, options = torch.ones_like(ids), sampling.options() | {"max_new_tokens": count}
+    output = model.generate(ids, attention_mask=mask, streamer=streamer, pad_token_id=pad, **options)
     return output.shape[1] - ids.shape[1]
 
 
 def decode(
-    engine: Any, model: Any, prompts: Sequence[torch.Tensor], counts: Sequence[int], streamers: Sequence[TimedStreamer]
+    engine: Any, model: Any, rows: Sequence[torch.Tensor], counts: Sequence[int], streamers: Sequence[TimedStreamer]
 ) -> list[int]:
-    """Continue prompts [T] by up to `counts` tokens by an engine of lutq/decode; how many tokens it made of each."""
+    """Continue prompts [1, T] by up to `counts` tokens by an engine of lutq/decode; how many tokens it made of each."""
     stop = model.generation_config.eos_token_id
     stop = set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
-    for ids, streamer in zip(prompts, streamers, strict=False):
-        streamer.put(ids[None])
-    made = continue_texts(engine, prompts, counts, stop, lambda i, token: streamers[i].put(torch.tensor([token])))
+    for ids, streamer in zip(rows, streamers, strict=True):
+        streamer.put(ids)
+    missing = engine.batch - len(rows)
+    prompts = [ids[0] for ids in [*rows, *[rows[0][:, :1]] * missing]]  # what fills the engine ends at once
+    made = continue_texts(
+        engine, prompts, [*counts, *[0] * missing], stop, lambda i, token: streamers[i].put(torch.tensor([token]))
+    )
     for streamer in streamers:
         streamer.end()
-    return made
+    return made[: len(rows)]

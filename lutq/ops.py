@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from lutq.config import LayerConfig
-from lutq.errors import LutqError
+from lutq.errors import LutqError, LutqWarning
 from lutq.pack import Packed, dequantize, words
 
 library = torch.library.Library("lutq", "DEF")
@@ -130,7 +130,7 @@ def working_backend(requested: str, device: torch.device) -> str:
             failed[device] = why = str(error)
             name = "reference"
     if name == "reference" and requested == "auto" and device.type in KERNELS:
-        warnings.warn(f"lutq runs without its {KERNELS[device.type]}: {why}", stacklevel=2)
+        warnings.warn(f"lutq runs without its {KERNELS[device.type]}: {why}", LutqWarning, stacklevel=2)
     return name
 
 

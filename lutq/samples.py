@@ -19,7 +19,7 @@ from lutq.decode.engine import Engine
 from lutq.decode.sampler import Sampler
 from lutq.decode.shape import RefusedError
 from lutq.decode.weights import weights_of
-from lutq.errors import LutqError
+from lutq.errors import LutqError, LutqWarning
 from lutq.runtime import out_of_memory, progress_interval
 
 DAMAGED = "the model predicts NaN or infinite values in its own text: give an undamaged model, or --calib books"
@@ -109,7 +109,9 @@ def fast_engine(model: Any, windows: int, length: int, ordinary: torch.Tensor) -
     try:
         engine = Engine(weights_of(model), length, batch, functions_for(model), OrdinarySampler(ordinary, batch))
     except RefusedError as error:
-        warnings.warn(f"--calib own is slow, because the fast engine does not take this model: {error.reason}", stacklevel=2)
+        warnings.warn(
+            f"--calib own is slow, because the fast engine does not take this model: {error.reason}", LutqWarning, stacklevel=2
+        )
         return None
     engine.capture()
     return engine

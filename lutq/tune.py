@@ -78,6 +78,7 @@ def tune(repeats: int = 20, device: str = "auto", echo: Callable[[str], Any] = p
     if repeats < 1:
         raise LutqError(f"--repeats must be 1 or more, not {repeats}")
     gpu = require_gpu(device)
+    read_limits(user_table())  # a damaged one is said before minutes are spent
     times: dict[int, dict[int, tuple[float, float]]] = {}
     name = torch.cuda.get_device_name(gpu)
     echo(f"{name}, {N}x{K} in groups of {GROUP}, us per product:")

@@ -556,3 +556,8 @@ def test_tune(invoke, made_up, monkeypatch, tmp_path):
     assert last.startswith("packed up to these rows: 160 at 1 bits, 80 at 2 bits, 48 at 3 bits, 40 at 4 bits; written to ")
     assert last.endswith("gpus.json")
     assert len(result.stdout.splitlines()) == 1 + 1 + len(lutq.tune.ROWS) + 1, f"{result.stdout}"
+    (tmp_path / "cache" / "gpus.json").write_text("[1]")
+    monkeypatch.setattr(lutq.tune, "measure", lambda *about: pytest.fail("measured for nothing"))
+    result = invoke("--tune")
+    assert result.exit_code == 2, f"{result.output} {result.exception!r}"
+    assert result.stderr.endswith("is not a table of row limits: remove it\n"), result.stderr

@@ -614,13 +614,13 @@ def test_out_of_memory_while_running(invoke, embedded, monkeypatch, error):
 
 def test_prompts_of_a_file(invoke, embedded, tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_text("The old man\n\n  She said\n", encoding="utf-8")
+    file.write_bytes("The old man\r\n\n  She\u2028said\n".encode())
     settings = ("--max-new-tokens", "5", "--temperature", "0", "--device", "cpu", "--model", embedded)
     for engine in ("plain", "fast"):
         result = invoke("generate", "--lines", "--file", str(file), "--engine", engine, *settings)
         assert result.exit_code == 0, f"{engine=} {result.output}"
-        found = [json.loads(line) for line in result.stdout.splitlines()]
-        assert [record["prompt"] for record in found] == ["The old man", "  She said"], f"{engine=} {found}"
+        found = [json.loads(line) for line in result.stdout.rstrip("\n").split("\n")]
+        assert [record["prompt"] for record in found] == ["The old man", "  She\u2028said"], f"{engine=} {found}"
         for record in found:
             alone = invoke("generate", record["prompt"], *settings)
             assert alone.stdout == record["prompt"] + record["text"] + "\n", f"{engine=} {record=} {alone.stdout=}"

@@ -1140,7 +1140,7 @@ FUSIONS = {
 @pytest.mark.parametrize("name", FUSIONS)
 @pytest.mark.parametrize("centered", [False, True])
 def test_products_that_do_more(stand_in, dtype, name, centered):
-    N, K, layer, g = 96, 300, LayerConfig(3, 128, "bcq", True), torch.Generator().manual_seed(0)
+    N, K, layer, g = 96, 304, LayerConfig(3, 128, "bcq", True), torch.Generator().manual_seed(0)
     packed = random_packed(N, K, layer)
     W, weight, shift, bias = (
         dequantize(*packed, 128, "bcq", K, torch.float64),
@@ -1159,13 +1159,13 @@ def test_products_that_do_more(stand_in, dtype, name, centered):
 
 
 def test_what_products_do_not_do_besides(stand_in, monkeypatch):
-    norm = Norm(torch.ones(300), None, 1e-5, False)
+    norm = Norm(torch.ones(304), None, 1e-5, False)
     every, one = [make(norm) for make in FUSIONS.values()], torch.float16
     shifted = norm._replace(bias=norm.weight)
 
-    def fuses(N=96, K=300, group=128, wide=False, grid="bcq", M=1, dtype=one):
+    def fuses(N=96, K=304, group=128, wide=False, grid="bcq", M=1, dtype=one):
         layer = LayerConfig(3, group, grid, True)
-        ready = prepack(random_packed(N, 300, layer), layer)._replace(wide=wide)
+        ready = prepack(random_packed(N, 304, layer), layer)._replace(wide=wide)
         return [products.Packed(*ready, None, N, K, layer).fuses(M, dtype, fusion) for fusion in every]
 
     assert all(fuses())
@@ -1177,7 +1177,8 @@ def test_what_products_do_not_do_besides(stand_in, monkeypatch):
     every[0] = Fusion(norm=shifted._replace(centered=True))
     assert fuses(N=80) == [True, True, False, True], "pairs of tiles"
     assert fuses(K=16384) == [True] * 4
-    assert fuses(K=16385) == [False, False, False, True], "one pass"
+    assert fuses(K=16392) == [False, False, False, True], "one pass"
+    assert fuses(K=300) == [False, False, False, True], "eight weights of a norm at a time"
     monkeypatch.setattr(lutq.cuda, "properties", lambda device: A100)
     assert not any(fuses())
 

@@ -7,6 +7,7 @@ import torch
 from conftest import CPU_BACKEND
 from transformers import AutoTokenizer
 
+from lutq.decode import keep
 from lutq.errors import LutqError
 from lutq.generate import Sampling, encode, generate, generate_many
 from lutq.hf import load
@@ -237,13 +238,45 @@ def test_several_prompts(model, tokenizer, engine, penalty):
             assert result.prompt_seconds > 0
 
 
-def test_several_random_texts(model, tokenizer):
-    def texts(seed, prompts=PROMPTS):
-        return [r.text for r in generate_many(model, tokenizer, prompts, Sampling(max_new_tokens=9, seed=seed), engine="fast")]
+@pytest.mark.parametrize("engine", ["fast", "graph", "plain"])
+def test_several_random_texts(model, tokenizer, engine):
+    def texts(seed, prompts=PROMPTS[:4]):
+        return [r.text for r in generate_many(model, tokenizer, prompts, Sampling(max_new_tokens=9, seed=seed), engine=engine)]
 
     assert texts(0) == texts(0)
     assert texts(0) != texts(1)
-    assert len(set(texts(0, [PROMPT] * 6))) > 1, "sequences draw for themselves"
+    assert len(set(texts(0, [PROMPT] * 6))) > 1, "every text is drawn for itself"
+    assert texts(0)[:1] == texts(0, PROMPTS[:1]) or engine == "fast", "the first text is that of a prompt alone"
+
+
+@pytest.mark.parametrize("engine", ["fast", "graph"])
+def test_several_prompts_make_one_engine(model, tokenizer, monkeypatch, engine):
+    made, choose = [], keep.choose
+    monkeypatch.setattr(keep, "choose", lambda name, *rest: made.append(name) or choose(name, *rest))
+    keep.forget(model)
+    for _ in range(2):
+        generate_many(model, tokenizer, PROMPTS, Sampling(max_new_tokens=2, **GREEDY), engine=engine)
+    assert made == [engine]
+
+
+@pytest.mark.parametrize(("engine", "together"), [("fast", 16), ("plain", 1)])
+def test_results_of_several_come_when_they_are_there(model, tokenizer, engine, together):
+    """In order, and before the prompts after those that are continued together."""
+    prompts, events = PROMPTS[:3] if engine == "plain" else PROMPTS, []
+    found = generate_many(
+        model,
+        tokenizer,
+        prompts,
+        Sampling(max_new_tokens=2, **GREEDY),
+        engine=engine,
+        done=lambda prompt, result: events.append((prompt, result)),
+        write=lambda text: events.append(text) if text else None,
+    )
+    told = [event for event in events if isinstance(event, tuple)]
+    assert told == list(zip(prompts, found, strict=True))
+    first = events.index(told[0])
+    later = "".join(event for event in events[first:] if isinstance(event, str))
+    assert sorted(later) == sorted("".join(result.text for result in found[together:])), f"{events=}"
 
 
 def test_several_texts_end_each_at_its_own_end(model, tokenizer, monkeypatch):
@@ -268,6 +301,8 @@ def test_several_texts_end_each_at_its_own_end(model, tokenizer, monkeypatch):
 
 def test_a_prompt_among_several_that_is_too_long(model, tokenizer):
     with pytest.raises(LutqError, match=r"the prompt has \d+ tokens and the model takes 1024: shorten the prompt"):
-        generate_many(model, tokenizer, [PROMPT, "house " * 1500], engine="fast")
+        generate_many(
+            model, tokenizer, [PROMPT, "house " * 1500], engine="fast", ready=lambda: pytest.fail("nothing was to be made")
+        )
     with pytest.raises(LutqError, match="the prompt is empty"):
         generate_many(model, tokenizer, [PROMPT, " "], engine="fast")

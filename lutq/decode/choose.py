@@ -10,7 +10,7 @@ from lutq.decode.general import General
 from lutq.decode.sampler import Sampler, Settings
 from lutq.decode.shape import RefusedError
 from lutq.decode.weights import weights_of
-from lutq.errors import LutqError
+from lutq.errors import LutqError, LutqWarning
 from lutq.linear import backend_of
 from lutq.parallel.ranks import ALONE
 
@@ -72,6 +72,8 @@ def choose(requested: str, model: Any, capacity: int, settings: Settings, batch:
         try:
             return make(name, model, capacity, settings, batch)
         except RefusedError as error:
-            warnings.warn(f"lutq decodes with --engine {slower}: {name} does not take this model: {error.reason}", stacklevel=2)
+            warnings.warn(
+                f"lutq decodes with --engine {slower}: {name} does not take this model: {error.reason}", LutqWarning, stacklevel=2
+            )
             torch.cuda.empty_cache()
     return None

@@ -163,7 +163,7 @@ class Engine:
             allowed([layer.down], Fusion(add=True)),
         )
 
-    def forward(self) -> Iterator[tuple[int, Result]]:
+    def forward(self) -> Iterator[tuple[int, Result | None]]:
         """One token of every sequence: reads `token` and `position`, fills the cache there, and `logits` [batch, vocabulary].
 
         Gives (index, y) after every block, y being what is still to be added to h, or None; with inboxes this rank's part of it.

@@ -1,8 +1,8 @@
 """The engine of a text stays with its model for the next one, so that it is made and captured once.
 
-It is taken again only where a new one would be the same: for the same settings, capacity and weights. So no result depends on
-what was generated before. One engine is kept per model; while it is in use, another thread makes its own. It holds the weights,
-too: `forget` it before a model is moved to make room.
+It is taken again only where a new one would be the same: for the same settings, sequences, capacity and weights. So no result
+depends on what was generated before. One engine is kept per model; while it is in use, another thread makes its own. It holds the
+weights, too: `forget` it before a model is moved to make room.
 """
 
 import contextlib
