@@ -16,7 +16,7 @@
 #include "fused_weights.cuh"
 #include "launch.cuh"
 
-struct Plan {  // of a launch; chosen by lutq/cuda.py
+struct Plan {  // of a launch; chosen by lutq/launch.py
   int blocks, split;          // blocks; of them, as many share the inputs of the same rows (a cluster)
   int k_groups, n_groups;     // warpgroups of products
   int builders;               // warps

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 import lutq.ops  # noqa: F401, registers the operator
 from lutq.config import LayerConfig
-from lutq.cuda import FEW, Prepacked, multiply_packed, properties, rows_limit
+from lutq.cuda import Prepacked, multiply_packed, properties, rows_limit
 from lutq.errors import LutqError
+from lutq.launch import FEW
 from lutq.pack import Packed, dequantize, packed_shapes
 from lutq.prepack import TILE
 from lutq.timing import CHAINED_ROWS, REPLAYS, Chain, Timing, copies, expected_us, l2_bytes, launches, time_graph

@@ -13,25 +13,12 @@ import torch
 from lutq.bcq import alternating
 from lutq.columns import levels_of, round_on_gpu
 from lutq.config import LayerConfig
-from lutq.cuda import (
-    GemvPlan,
-    aligned,
-    arguments,
-    bit_blocks,
-    kernels,
-    multiply,
-    multiply_sums,
-    prepack,
-    properties,
-    run_bits,
-    run_gemv,
-    slabs,
-    takes_gemv,
-)
+from lutq.cuda import aligned, arguments, kernels, multiply, multiply_sums, prepack, properties, run_bits, run_gemv
 from lutq.decode.fusion import Fusion, Norm
 from lutq.decode.products import Packed, Sums, padded
 from lutq.decode.shape import Shape
 from lutq.decode.steps import FUNCTIONS, Kernels, Plan
+from lutq.launch import GemvPlan, bit_blocks, slabs, takes_gemv
 from lutq.parallel.inboxes import Inboxes, inbox_bytes
 from lutq.trial import random_packed
 from lutq.tunable import Tunable

@@ -1,12 +1,18 @@
-"""For tests of special layers on a GPU: a model that every engine takes, and its texts by each of them."""
+"""For tests of engines: one prompt continued; a model with special layers that every engine takes, its texts by each of them."""
 
 import torch
 from conftest import MODELS, build_model, copy_tokenizer
 
+from lutq.decode.loop import continue_texts
 from lutq.generate import Sampling, generate
 from lutq.hf import load
 from lutq.quantize import quantize_checkpoint
 from lutq.tokens import load_tokenizer
+
+
+def continue_text(engine, ids, count, stop, put):
+    """`continue_texts` for one prompt [1, T]; `put` gets each token."""
+    return continue_texts(engine, ids, [count], stop, lambda _, token: put(token))[0]
 
 
 def quantize_deep(monkeypatch, folder, settings):

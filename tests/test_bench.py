@@ -20,8 +20,9 @@ import lutq.tune
 from lutq.bench import COLUMNS, columns, driver_version, layer_of, line, make_record, parse_shape
 from lutq.cli import app
 from lutq.config import LayerConfig
-from lutq.cuda import Gpu, Prepacked, prepack
+from lutq.cuda import Prepacked, prepack
 from lutq.errors import LutqError
+from lutq.launch import Gpu
 from lutq.pack import Packed, dequantize, packed_shapes
 from lutq.prepack import unpack_codes, unpack_records
 from lutq.roofline import bars, curves, draw, require_matplotlib

@@ -17,37 +17,40 @@ import torch
 from conftest import CPU_BACKEND, random_packed
 
 import lutq.cuda
+import lutq.launch
 import lutq.ops
 from lutq.config import LayerConfig
 from lutq.cuda import (
     DTYPES,
-    EIGHT,
-    FEW,
     FEW_INPUTS,
-    FUSED,
     GRIDS,
     LUT_LIMIT,
-    ONE,
     Arguments,
-    FusedPlan,
-    GemvPlan,
-    Gpu,
     Prepacked,
     aligned,
-    bit_blocks,
-    fused_plan,
-    gemv_plan,
     multiply_sums,
-    plan,
     prepack,
     properties,
     rows_limit,
-    slabs,
-    takes_gemv,
 )
 from lutq.decode import products, reference
 from lutq.decode.fusion import Fusion, Norm
 from lutq.errors import LutqError
+from lutq.launch import (
+    EIGHT,
+    FEW,
+    FUSED,
+    ONE,
+    FusedPlan,
+    GemvPlan,
+    Gpu,
+    bit_blocks,
+    fused_plan,
+    gemv_plan,
+    plan,
+    slabs,
+    takes_gemv,
+)
 from lutq.ops import choose_backend, working_backend
 from lutq.pack import Packed, dequantize
 from lutq.paths import shipped
@@ -150,8 +153,8 @@ def test_the_constants_are_those_of_the_kernels():
     stages = constants(found(r"static constexpr int (STAGES = [^,]*)"), names)["STAGES"]
     scratch = int(found(r"scratch_bytes\(bool split\) \{ return split \? (\d+) : 0; \}"))
     assert (names["TILE"], names["PANEL"], names["UNIT"]) == (TILE, PANEL, UNIT)
-    assert (names["MAX_THREADS"], scratch, stages) == (32 * lutq.cuda.MAX_WARPS, lutq.cuda.SCRATCH, lutq.cuda.STAGES)
-    assert modes() == {getattr(lutq.cuda, name): name for name in ("ONE", "FEW", "EIGHT")}
+    assert (names["MAX_THREADS"], scratch, stages) == (32 * lutq.launch.MAX_WARPS, lutq.launch.SCRATCH, lutq.launch.STAGES)
+    assert modes() == {getattr(lutq.launch, name): name for name in ("ONE", "FEW", "EIGHT")}
 
 
 def test_the_dtypes_and_grids_are_those_of_the_kernels():
@@ -209,11 +212,11 @@ def test_plans_fit(gpu, bits):
 def test_shared_bytes_by_hand():
     """The parsed formula once by hand, so that a wrong parse shows: two warps, 5 pairs of tiles for each of 100 clusters."""
     ring = 4 * 2 * (3 * 512 + 2 * 4 * 32)
-    one = shared_bytes(16 * 1000, 4096, 1, ONE, 3, 128, lutq.cuda.Plan(100, 1, 2, 1))
+    one = shared_bytes(16 * 1000, 4096, 1, ONE, 3, 128, lutq.launch.Plan(100, 1, 2, 1))
     assert one == 2 * (ring + 2048) + 10 * 2 * 16 * 4
-    eight = shared_bytes(16 * 1000, 4096, 7, EIGHT, 3, 128, lutq.cuda.Plan(200, 2, 2, 1))
+    eight = shared_bytes(16 * 1000, 4096, 7, EIGHT, 3, 128, lutq.launch.Plan(200, 2, 2, 1))
     assert eight == 2 * ring + 10 * (2 * 128 + 16 * 7) * 4
-    few = shared_bytes(16, 4096, 4, FEW, 1, 32, lutq.cuda.Plan(1, 1, 1, 1))
+    few = shared_bytes(16, 4096, 4, FEW, 1, 32, lutq.launch.Plan(1, 1, 1, 1))
     assert few == 4 * 2 * (512 + 8 * 2 * 32) + 2048 + 2 * 64 * 4
 
 
@@ -247,7 +250,7 @@ def everywhere(monkeypatch):
     """lut_gemv for every layer that it takes."""
     monkeypatch.setattr(lutq.cuda, "bit_blocks", lambda *shape: 0)
     for name, most in (("GEMV_BITS", 1), ("GEMV_LEAST", 0), ("GEMV_MOST", {})):
-        monkeypatch.setattr(lutq.cuda, name, most)
+        monkeypatch.setattr(lutq.launch, name, most)
     gemv_plan.cache_clear()
     yield
     gemv_plan.cache_clear()
@@ -348,14 +351,14 @@ def test_gemv_plans_fit(gpu, bits, monkeypatch):
         summed = sums_plan(N, K, layer, gpu, monkeypatch)
         assert summed.split == 1, f"{about} {summed=}"
         assert 1 <= summed.blocks <= min(gpu.processors, 2 * -(-N // TILE) * slabs(K)), f"{about} {summed=}"
-        assert gemv_launch(N, K, layer, summed, partial=True)["bytes"] <= lutq.cuda.GEMV_SHARED <= gpu.shared, about
+        assert gemv_launch(N, K, layer, summed, partial=True)["bytes"] <= lutq.launch.GEMV_SHARED <= gpu.shared, about
 
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_a_gemv_plan_needs_what_the_kernel_asks_for(bits, monkeypatch):
     """To the byte: with as much shared memory it is made again, with one byte less it is not."""
-    monkeypatch.setattr(lutq.cuda, "GEMV_SHARED", 0)
+    monkeypatch.setattr(lutq.launch, "GEMV_SHARED", 0)
     for (N, K), layer in itertools.product(GEMV_SHAPES, gemv_layers(bits)):
         how, about = gemv_plan(N, K, layer, H200), f"{N=} {K=} {layer=}"
         needed = gemv_launch(N, K, layer, how)["bytes"]
@@ -379,7 +382,7 @@ def test_gemv_shared_bytes_by_hand():
 
 def test_the_constants_are_those_of_lut_gemv():
     names = gemv_constants()
-    assert (names["GEMV_WARPS"], names["RING"], names["SLAB"]) == (lutq.cuda.GEMV_WARPS, lutq.cuda.TABLE_BYTES, SLAB)
+    assert (names["GEMV_WARPS"], names["RING"], names["SLAB"]) == (lutq.launch.GEMV_WARPS, lutq.launch.TABLE_BYTES, SLAB)
 
 
 @pytest.mark.parametrize("partial", [False, True], ids=["finished", "sums"])
@@ -439,7 +442,7 @@ def test_layers_that_lut_gemv_does_not_take(everywhere):
 def test_layers_that_lut_gemm_does_faster(monkeypatch, everywhere):
     """Of few bits, small, and large ones of some bits."""
     for name, limit in (("GEMV_BITS", 2), ("GEMV_LEAST", 100 * 1024), ("GEMV_MOST", {3: 200 * 1024})):
-        monkeypatch.setattr(lutq.cuda, name, limit)
+        monkeypatch.setattr(lutq.launch, name, limit)
     gemv_plan.cache_clear()
     for N, bits in ((100, ()), (101, (2, 3, 4)), (199, (2, 3, 4)), (200, (2, 4))):
         taken = [b for b in (1, 2, 3, 4) if gemv_plan(N, 1024, LayerConfig(b, 128), H200)]
@@ -452,7 +455,7 @@ def test_layers_that_lut_gemm_does_faster(monkeypatch, everywhere):
 @pytest.fixture
 def bits_everywhere(monkeypatch):
     """bit_gemv for every layer that it takes."""
-    monkeypatch.setattr(lutq.cuda, "BIT_MOST", {})
+    monkeypatch.setattr(lutq.launch, "BIT_MOST", {})
     bit_blocks.cache_clear()
     yield
     bit_blocks.cache_clear()
@@ -532,7 +535,7 @@ def test_bit_gemv_shared_bytes_by_hand():
     assert gated["bytes"] == ring + 128 * 528 + 16 * 16 + 4 * 16 * 64
     assert [gated[name] for name in fields] == [1, 1, 64, 1, 1 << 30]
     names = bit_constants()
-    ours = (lutq.cuda.BIT_WARPS, lutq.cuda.BIT_STAGES, lutq.cuda.PASS_UNITS, lutq.cuda.BLOCK_BYTES)
+    ours = (lutq.launch.BIT_WARPS, lutq.launch.BIT_STAGES, lutq.launch.PASS_UNITS, lutq.launch.BLOCK_BYTES)
     assert ours == tuple(names[name] for name in ("BIT_WARPS", "BIT_STAGES", "PASS_UNITS", "BLOCK_BYTES"))
 
 
@@ -543,7 +546,7 @@ def test_every_unit_of_a_tile_has_one_warp():
     ).groups()
     for tiles, begin, end in itertools.product((1, 2, 7, 61), (0, 33), (34, 64)):
         covered, units = [], end - begin
-        for warp in range(lutq.cuda.BIT_WARPS):
+        for warp in range(lutq.launch.BIT_WARPS):
             names = bit_constants() | {"tiles": tiles, "begin": begin, "unit_end": end, "warp": warp}
             names = constants(result, constants(derive, names))
             first = names["tile"] * units + names["unit"] - begin
@@ -565,7 +568,7 @@ def test_layers_that_bit_gemv_does_not_take():
 
 def test_layers_that_lut_gemm_does_faster_than_bit_gemv(monkeypatch, bits_everywhere):
     """Large ones of some bits."""
-    monkeypatch.setattr(lutq.cuda, "BIT_MOST", {2: 200 * 1024})
+    monkeypatch.setattr(lutq.launch, "BIT_MOST", {2: 200 * 1024})
     for N, bits in ((199, (1, 2, 3, 4)), (200, (1, 3, 4))):
         taken = [b for b in (1, 2, 3, 4) if bit_blocks(N, 1024, LayerConfig(b, 128), H200)]
         assert taken == list(bits), f"{N=} {taken=}"
@@ -685,7 +688,7 @@ def test_fused_plans_fit(gpu, bits):
         assert how.stages & (how.stages - 1) == 0, f"{about}: stages are counted by masks"
         assert groups * how.stages <= min(32, names["MOST_STAGES"]), f"{about}: a lane for every barrier"
         assert how.slots <= min(32, names["MOST_SLOTS"]), about
-        assert groups <= lutq.cuda.MOST_GROUPS[rows], about
+        assert groups <= lutq.launch.MOST_GROUPS[rows], about
         assert how.builders <= 3, about
         assert kernel["z_slot"] % 128 == kernel["z_scales"] % 128 == kernel["z_stage"] % 16 == 0, about
         # all panels and units, and none without work
@@ -728,7 +731,7 @@ def test_the_launch_refuses_what_would_not_fit():
 
 
 def test_the_constants_are_those_of_fused_gemm():
-    names, ours = fused_constants(), lutq.cuda
+    names, ours = fused_constants(), lutq.launch
     assert (names["BARRIER_BYTES"], names["KEPT_STRIDE"]) == (ours.BARRIER_BYTES, ours.KEPT_STRIDE)
     assert names["BARRIER_BYTES"] >= 2 * 8 * (names["MOST_STAGES"] + names["MOST_SLOTS"]), "two barriers of 8 bytes for each"
     assert tuple(map(int, re.findall(r"case (\d+): return launch<BITS, GRID, H, \1>", SOURCES["fused_gemm.cuh"]))) == FUSED
@@ -1069,8 +1072,8 @@ def test_which_kernel_runs_for_one_row(stand_in, monkeypatch):
         (3, 32, N * K - 1, H200, lut(1, 1)),
         (3, 128, N * K - 1, A100, lut(1, 1)),
     ):
-        monkeypatch.setattr(lutq.cuda, "GEMV_BITS", 3)
-        monkeypatch.setattr(lutq.cuda, "GEMV_LEAST", least)
+        monkeypatch.setattr(lutq.launch, "GEMV_BITS", 3)
+        monkeypatch.setattr(lutq.launch, "GEMV_LEAST", least)
         monkeypatch.setattr(lutq.cuda, "properties", lambda device, gpu=gpu: gpu)
         gemv_plan.cache_clear()
         layer = LayerConfig(bits, group)

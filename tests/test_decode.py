@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from conftest import CPU_BACKEND, FAMILIES, LLAMA, MODELS, build_model
+from engines import continue_text
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lutq.config import LayerConfig
@@ -19,7 +20,6 @@ from lutq.decode import prefill, products, reference
 from lutq.decode.choose import choose, make
 from lutq.decode.engine import Engine
 from lutq.decode.general import General
-from lutq.decode.loop import continue_text
 from lutq.decode.products import Dense, Packed, Parts, Sums, adjacent, common_slabs, join, padded, place
 from lutq.decode.sampler import Sampler
 from lutq.decode.shape import RefusedError, rotation_of, shape_of

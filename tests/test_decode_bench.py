@@ -11,7 +11,7 @@ import torch
 from conftest import MODELS
 
 from lutq.config import LayerConfig
-from lutq.cuda import FusionArguments, Gpu
+from lutq.cuda import FusionArguments
 from lutq.decode import bench, chart, reference, steps
 from lutq.decode.bench import block_bytes, check_memory, check_settings, columns, layer_for, line, needed_bytes
 from lutq.decode.engine import Engine
@@ -22,6 +22,7 @@ from lutq.decode.steps import FUNCTIONS, Kernels, plan
 from lutq.decode.synthetic import layer_bytes, random_layer, read_config, synthetic_model
 from lutq.decode.weights import weights_of
 from lutq.errors import LutqError
+from lutq.launch import Gpu
 from lutq.linear import LutLinear
 from lutq.pack import Packed, dequantize
 from lutq.parallel import inboxes

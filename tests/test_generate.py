@@ -7,7 +7,6 @@ import torch
 from conftest import CPU_BACKEND
 from transformers import AutoTokenizer
 
-from lutq.decode import keep
 from lutq.errors import LutqError
 from lutq.generate import Sampling, encode, generate, generate_many
 from lutq.hf import load
@@ -247,16 +246,6 @@ def test_several_random_texts(model, tokenizer, engine):
     assert texts(0) != texts(1)
     assert len(set(texts(0, [PROMPT] * 6))) > 1, "every text is drawn for itself"
     assert texts(0)[:1] == texts(0, PROMPTS[:1]) or engine == "fast", "the first text is that of a prompt alone"
-
-
-@pytest.mark.parametrize("engine", ["fast", "graph"])
-def test_several_prompts_make_one_engine(model, tokenizer, monkeypatch, engine):
-    made, choose = [], keep.choose
-    monkeypatch.setattr(keep, "choose", lambda name, *rest: made.append(name) or choose(name, *rest))
-    keep.forget(model)
-    for _ in range(2):
-        generate_many(model, tokenizer, PROMPTS, Sampling(max_new_tokens=2, **GREEDY), engine=engine)
-    assert made == [engine]
 
 
 @pytest.mark.parametrize(("engine", "together"), [("fast", 16), ("plain", 1)])

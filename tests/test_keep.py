@@ -12,7 +12,7 @@ from conftest import OPT_TINY, build_model
 from lutq.decode import keep
 from lutq.decode.keep import NAME, engine_for, forget
 from lutq.errors import LutqError
-from lutq.generate import Sampling, generate
+from lutq.generate import Sampling, generate, generate_many
 from lutq.hf import load
 from lutq.parallel.ranks import ALONE
 from lutq.tokens import load_tokenizer
@@ -167,3 +167,11 @@ def test_texts_do_not_depend_on_earlier_ones(made, name):
     assert len(made) == 4, "the two greedy texts share one"
     with pytest.raises(LutqError, match="the prompt is empty"):
         text("", 3)
+
+
+@pytest.mark.parametrize("name", ["fast", "graph"])
+def test_several_prompts_make_one_engine(made, name):
+    model, prompts = load(OPT_TINY, device="cpu", dtype="float32"), [PROMPT[:i] for i in range(1, 19)]
+    for _ in range(2):
+        generate_many(model, load_tokenizer(OPT_TINY), prompts, Sampling(temperature=0.0, max_new_tokens=2), engine=name)
+    assert made == [name]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import continue_text
 from ranks import LLAMA, MODELS, Checkpoints, Threads, free_port, on_processes, stepped
 
 from lutq.config import LayerConfig
@@ -24,7 +25,6 @@ from lutq.decode import measure, reference
 from lutq.decode.bench import block_bytes, needed_bytes
 from lutq.decode.choose import make
 from lutq.decode.engine import Engine
-from lutq.decode.loop import continue_text
 from lutq.decode.shape import shape_of
 from lutq.decode.synthetic import synthetic_model
 from lutq.decode.weights import weights_of

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import lutq.cuda
-from lutq.cuda import Gpu
 from lutq.decode import steps
+from lutq.launch import Gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -27,13 +27,13 @@ def make(name: str, model: Any, capacity: int, settings: Settings, batch: int = 
     """The engine `fast` or `graph` for `batch` texts of `capacity` tokens at a time, captured; `graph` is for one, whatever the
     batch. Raises RefusedError with the reason why not.
     """
+    sampler = Sampler(settings, model.config.vocab_size, batch if name == "fast" else 1, model.device)
     if name == "fast":
-        sampler = Sampler(settings, model.config.vocab_size, batch, model.device)
         ranks = getattr(model, "ranks", ALONE)
         weights = weights_of(model, ranks.world)
         engine: Any = Engine(weights, capacity, batch, functions_for(model), sampler, ranks)
     else:
-        engine = General(model, capacity, Sampler(settings, model.config.vocab_size, 1, model.device))
+        engine = General(model, capacity, sampler)
     engine.capture()
     return engine
 

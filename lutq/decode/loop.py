@@ -6,11 +6,6 @@ from typing import Any
 import torch
 
 
-def continue_text(engine: Any, ids: torch.Tensor, count: int, stop: Collection[int], put: Callable[[int], None]) -> int:
-    """`continue_texts` for one prompt [1, T]; `put` gets each token."""
-    return continue_texts(engine, ids, [count], stop, lambda _, token: put(token))[0]
-
-
 def continue_texts(
     engine: Any, prompts: Sequence[torch.Tensor], counts: Sequence[int], stop: Collection[int], put: Callable[[int, int], None]
 ) -> list[int]:

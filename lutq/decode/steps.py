@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lutq.cuda import DTYPES, FUNCTIONS, Gpu, kernels, properties, start
+from lutq.cuda import DTYPES, FUNCTIONS, kernels, properties, start
 from lutq.decode import reference
 from lutq.decode.fusion import Fusion, Norm
 from lutq.decode.products import Product, Result, Sums
 from lutq.decode.shape import Shape
+from lutq.launch import Gpu
 from lutq.parallel.inboxes import Inboxes, InboxesArguments, connect
 from lutq.parallel.ranks import Ranks
 

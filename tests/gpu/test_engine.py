@@ -7,13 +7,13 @@ import warnings
 import pytest
 import torch
 from conftest import FAMILIES, build_model, copy_tokenizer
+from engines import continue_text
 
 from lutq.config import LayerConfig, QuantConfig
 from lutq.decode import prefill, products, reference
 from lutq.decode.choose import choose, make
 from lutq.decode.engine import Engine
 from lutq.decode.graph import Captured
-from lutq.decode.loop import continue_text
 from lutq.decode.products import Sums, padded
 from lutq.decode.sampler import Sampler
 from lutq.decode.shape import RefusedError

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import lutq.cuda
+import lutq.launch
 from lutq.config import LayerConfig
-from lutq.cuda import FEW_INPUTS, Gpu, prepack, rows_limit
+from lutq.cuda import FEW_INPUTS, prepack, rows_limit
 from lutq.decode import products, reference
 from lutq.decode.fusion import Fusion, Norm
 from lutq.errors import LutqError
 from lutq.evaluate import evaluate
 from lutq.hf import load
+from lutq.launch import Gpu
 from lutq.linear import LutLinear
 from lutq.pack import Packed, dequantize
 
@@ -43,12 +45,12 @@ def one_row(request, monkeypatch):
     """A row of x by the kernel that is faster, and by lut_gemv wherever it takes the layer."""
     if request.param == "lut_gemv":
         monkeypatch.setattr(lutq.cuda, "bit_blocks", lambda *shape: 0)
-        monkeypatch.setattr(lutq.cuda, "GEMV_BITS", 1)
-        monkeypatch.setattr(lutq.cuda, "GEMV_LEAST", 0)
-        monkeypatch.setattr(lutq.cuda, "GEMV_MOST", {})
-    lutq.cuda.gemv_plan.cache_clear()
+        monkeypatch.setattr(lutq.launch, "GEMV_BITS", 1)
+        monkeypatch.setattr(lutq.launch, "GEMV_LEAST", 0)
+        monkeypatch.setattr(lutq.launch, "GEMV_MOST", {})
+    lutq.launch.gemv_plan.cache_clear()
     yield
-    lutq.cuda.gemv_plan.cache_clear()
+    lutq.launch.gemv_plan.cache_clear()
 
 
 def draw(shape, dtype=torch.float32, seed=0):
@@ -204,7 +206,7 @@ def test_fused(bits, grid, offsets):
     for (N, K, group), dtype in itertools.product(shapes, DTYPES[:2]):
         layer = Layer(N, K, LayerConfig(bits, group, grid, offsets), seed=N)
         W = layer.W.half().double()
-        for rows, processors in itertools.product(lutq.cuda.FUSED, (gpu, few)):
+        for rows, processors in itertools.product(lutq.launch.FUSED, (gpu, few)):
             for M in (1, rows // 2 + 1, rows):
                 x, bias = draw((M, K), dtype, seed=M), draw((N,), dtype, seed=N)
                 y = torch.full((M, N), float("nan"), device=DEVICE)
@@ -285,18 +287,18 @@ def test_bit_gemv_and_more(monkeypatch, bits, grid, offsets):
 def test_gemv(bits, grid, offsets):
     """In clusters of any size, with any tail, by few blocks and by many; and as sums, which leave nothing out of their N."""
     gpu, found = lutq.cuda.properties(torch.device(DEVICE, 0)), lutq.cuda.kernels(torch.device(DEVICE, 0))
-    if not lutq.cuda.takes_gemv(LayerConfig(bits, 128, grid, offsets), gpu):
+    if not lutq.launch.takes_gemv(LayerConfig(bits, 128, grid, offsets), gpu):
         pytest.skip("lut_gemv needs a GPU with clusters and 227 KB of shared memory")
     verdict = Verdict()
     shapes = [(1, 300, 64), (100, 1000, 128), (130, 1030, 192), (200, 2080, 0), (70, 4352, 256), (333, 9000, 128)]
     for (N, K, group), dtype in itertools.product(shapes, DTYPES):
         layer = Layer(N, K, LayerConfig(bits, group, grid, offsets), seed=N)
-        x, bias, parts = draw((1, K), dtype, seed=K), draw((N,), dtype, seed=N), lutq.cuda.slabs(K)
+        x, bias, parts = draw((1, K), dtype, seed=K), draw((N,), dtype, seed=N), lutq.launch.slabs(K)
         for split in (split for split in (1, 2, 3, 4, 7, 8) if split <= parts):
             for clusters in (1, 3, 12):
                 y = torch.full((1, N), float("nan"), device=DEVICE)
                 a = lutq.cuda.arguments(lutq.cuda.aligned(x), layer.ready, bias, y, layer.layer)
-                lutq.cuda.run_gemv(found, a, lutq.cuda.GemvPlan(split * clusters, split))
+                lutq.cuda.run_gemv(found, a, lutq.launch.GemvPlan(split * clusters, split))
                 about = f"{N}x{K} {group=} {dtype} {split=} {clusters=}"
                 verdict.add(layer.errors(y, x, bias), SINGLE, about)
         summed = 0 if lutq.cuda.bit_blocks(N, K, layer.layer, gpu) else parts

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import continue_text
 from ranks import MODELS, Checkpoints, Threads, on_processes, stepped
 
 from lutq.config import QuantConfig
 from lutq.decode import steps
 from lutq.decode.choose import make
 from lutq.decode.engine import Engine
-from lutq.decode.loop import continue_text
 from lutq.decode.steps import Kernels
 from lutq.decode.weights import weights_of
 from lutq.generate import Sampling
